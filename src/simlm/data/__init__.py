@@ -1,0 +1,1 @@
+"""Data: readers, data sets, the token store, groups, batches."""

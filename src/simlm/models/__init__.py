@@ -1,0 +1,1 @@
+"""Models: encoder backbones, bi-encoder, cross-encoder."""

@@ -1,0 +1,161 @@
+"""Ranked passages (`Run`) and training groups (`Groups`) as flat arrays, and how they are kept on disk.
+
+Both are ragged tables: row q of a table owns the slice `offsets[q]:offsets[q + 1]` of its value arrays. Passages and queries are
+rows of the store that the artifact was made from; ids are looked up there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simlm.errors import ArtifactError
+from simlm.types import Split
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Passages ranked for queries of one split, best first (ties: smaller passage row first).
+
+    query_rows: int64 [Q], rows of the store's queries of `split`; offsets: int64 [Q + 1];
+    passage_rows: int64 [offsets[-1]]; scores: float32 [offsets[-1]], higher is better, comparable within a query only.
+    """
+
+    split: Split
+    query_rows: Ints
+    offsets: Ints
+    passage_rows: Ints
+    scores: Floats
+
+    def __len__(self) -> int:
+        return len(self.query_rows)
+
+    def ranked(self, position: int) -> tuple[Ints, Floats]:
+        """Passage rows and scores of the query at `position` (0..Q-1), best first."""
+        start, stop = self.offsets[position], self.offsets[position + 1]
+        return self.passage_rows[start:stop], self.scores[start:stop]
+
+    def __iter__(self) -> Iterator[tuple[int, Ints, Floats]]:
+        """(query row, passage rows, scores) of each query in turn."""
+        for position, query_row in enumerate(self.query_rows):
+            yield int(query_row), *self.ranked(position)
+
+    @classmethod
+    def from_lists(cls, split: Split, query_rows: Sequence[int], ranked: Sequence[tuple[Sequence[int], Sequence[float]]]) -> Run:
+        """A run from (passage rows, scores) of each query; sorts each list by score, then by row."""
+        rows: list[Ints] = []
+        scores: list[Floats] = []
+        for query_passages, query_scores in ranked:
+            passages = np.asarray(query_passages, dtype=np.int64)
+            values = np.asarray(query_scores, dtype=np.float32)
+            order = np.lexsort((passages, -values))
+            rows.append(passages[order])
+            scores.append(values[order])
+        return cls(
+            split,
+            np.asarray(query_rows, dtype=np.int64),
+            offsets_of([len(part) for part in rows]),
+            np.concatenate(rows) if rows else np.empty(0, np.int64),
+            np.concatenate(scores) if scores else np.empty(0, np.float32),
+        )
+
+    @classmethod
+    def from_matrix(cls, split: Split, query_rows: Ints, passage_rows_QK: Ints, scores_QK: Floats) -> Run:
+        """A run from the two matrices an index returns; entries with passage row -1 (no result) are left out."""
+        found = passage_rows_QK >= 0
+        order = np.lexsort((passage_rows_QK, -scores_QK), axis=-1)
+        passage_rows_QK = np.take_along_axis(passage_rows_QK, order, axis=-1)
+        scores_QK = np.take_along_axis(scores_QK, order, axis=-1)
+        found = np.take_along_axis(found, order, axis=-1)
+        return cls(
+            split,
+            np.asarray(query_rows, dtype=np.int64),
+            offsets_of(found.sum(axis=1)),
+            passage_rows_QK[found].astype(np.int64),
+            scores_QK[found].astype(np.float32),
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write into `folder/SPLIT/`."""
+        _save(folder / self.split, query_rows=self.query_rows, offsets=self.offsets, passage_rows=self.passage_rows, scores=self.scores)
+
+    @classmethod
+    def load(cls, folder: Path, split: Split) -> Run:
+        """Memory-mapped; ArtifactError if the artifact has no run for this split."""
+        arrays = _load(folder, split, ("query_rows", "offsets", "passage_rows", "scores"))
+        return cls(split, arrays["query_rows"], arrays["offsets"], arrays["passage_rows"], arrays["scores"])
+
+
+@dataclass(frozen=True)
+class Groups:
+    """For each training query its positives and its negatives, hardest negative first.
+
+    query_rows: int64 [Q]; positive_offsets, negative_offsets: int64 [Q + 1]; *_rows: int64, passage rows of the store;
+    *_scores: float32, the miner's score, NaN where the miner did not score that passage.
+    """
+
+    split: Split
+    query_rows: Ints
+    positive_offsets: Ints
+    positive_rows: Ints
+    positive_scores: Floats
+    negative_offsets: Ints
+    negative_rows: Ints
+    negative_scores: Floats
+
+    def __len__(self) -> int:
+        return len(self.query_rows)
+
+    def positives(self, position: int) -> tuple[Ints, Floats]:
+        start, stop = self.positive_offsets[position], self.positive_offsets[position + 1]
+        return self.positive_rows[start:stop], self.positive_scores[start:stop]
+
+    def negatives(self, position: int) -> tuple[Ints, Floats]:
+        start, stop = self.negative_offsets[position], self.negative_offsets[position + 1]
+        return self.negative_rows[start:stop], self.negative_scores[start:stop]
+
+    def save(self, folder: Path) -> None:
+        """Write into `folder/SPLIT/`."""
+        _save(
+            folder / self.split,
+            query_rows=self.query_rows,
+            positive_offsets=self.positive_offsets,
+            positive_rows=self.positive_rows,
+            positive_scores=self.positive_scores,
+            negative_offsets=self.negative_offsets,
+            negative_rows=self.negative_rows,
+            negative_scores=self.negative_scores,
+        )
+
+    @classmethod
+    def load(cls, folder: Path, split: Split = "train") -> Groups:
+        """Memory-mapped; ArtifactError if the artifact has no groups for this split."""
+        names = ("query_rows", "positive_offsets", "positive_rows", "positive_scores", "negative_offsets", "negative_rows", "negative_scores")
+        return cls(split, **_load(folder, split, names))
+
+
+def offsets_of(counts: Sequence[int] | NDArray[np.integer]) -> Ints:
+    """int64 [len(counts) + 1]: where each row of a ragged table starts, and the total."""
+    offsets = np.zeros(len(counts) + 1, dtype=np.int64)
+    np.cumsum(np.asarray(counts, dtype=np.int64), out=offsets[1:])
+    return offsets
+
+
+def _save(folder: Path, **arrays: NDArray[np.generic]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array, allow_pickle=False)
+
+
+def _load(folder: Path, split: Split, names: Sequence[str]) -> dict[str, NDArray[np.generic]]:
+    if not (folder / split).is_dir():
+        have = sorted(entry.name for entry in Path(folder).iterdir() if entry.is_dir()) if Path(folder).is_dir() else []
+        raise ArtifactError(f"{folder}: nothing for split {split!r} here, it holds {have}; search that split first")
+    return {name: np.load(folder / split / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
