@@ -311,6 +311,8 @@ class EvaluateSettings(Section):
     split: Split = "test"
     measures: list[str] = Field(default_factory=lambda: ["RR@10", "nDCG@10", "R@50", "R@100", "R@1000"])
     """As ir_measures writes them; graded judgements: R(rel=2)@50."""
+    answers: list[PositiveInt] = Field(default_factory=list)
+    """Cut-offs of answer-string recall (Natural Questions: 20 and 100), shown as Answer@k; needs queries with answers."""
     main: str = "RR@10"
     """The measure of the significance test, of wins and losses, and of choosing between runs on dev."""
     significance: Literal["randomization", "t-test"] = "randomization"

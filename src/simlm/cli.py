@@ -1,0 +1,290 @@
+"""The command line: simlm run | plan | init | <stage> | search | evaluate | report."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from simlm.errors import SimlmError
+
+app = typer.Typer(
+    name="simlm",
+    help="Train, measure and search the best single-vector retriever for your own corpus (SimLM, arXiv 2207.02578).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a .toml file.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting; may be repeated.")]
+StepOption = Annotated[list[str] | None, typer.Option("--step", help="Only this step of the stage; may be repeated.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run (runs/NAME).")]
+
+
+def main() -> None:
+    """Entry point: allocator first, then the command; a SimlmError is one message and exit code 2."""
+    from simlm.runtime import tune_allocator
+
+    tune_allocator()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        app()
+    except SimlmError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.secho("stopped; the same command goes on where it was", fg="yellow", err=True)
+        sys.exit(130)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from simlm import __version__
+
+        typer.echo(f"simlm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+    pass
+
+
+@app.command()
+def run(recipe: RecipeArgument, changes: SetOption = None) -> None:
+    """Do everything a recipe says; finished steps are skipped, interrupted ones go on."""
+    from simlm.pipeline import run_recipe
+
+    folder = run_recipe(recipe, overrides=changes)
+    if int(os.environ.get("RANK", "0")) == 0:
+        _print_report(folder)
+        _print_next(folder)
+
+
+@app.command()
+def plan(recipe: RecipeArgument, changes: SetOption = None) -> None:
+    """Show every step with its inputs, state and an estimate of time, memory and disk."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from simlm.artifacts import read_manifest
+    from simlm.estimates import estimate_step
+    from simlm.pipeline import make_plan
+    from simlm.recipe import load_recipe
+
+    the_plan = make_plan(load_recipe(recipe, changes))
+    table = Table(title=f"{the_plan.recipe.name} -> {the_plan.folder}", title_justify="left")
+    for column in ("step", "stage", "reads", "state"):
+        table.add_column(column, overflow="fold")
+    for column in ("time", "memory", "disk"):
+        table.add_column(column, justify="right", no_wrap=True)
+    seconds_left = peak = disk_left = 0.0
+    for step in the_plan.steps:
+        state, why = the_plan.state(step)
+        if state == "done":
+            manifest = read_manifest(the_plan.path(step.name))
+            disk = sum(entry["bytes"] for entry in manifest.files.values())
+            figures = (_seconds(manifest.seconds), _bytes(manifest.peak_memory_bytes), _bytes(disk))
+        else:
+            estimate = estimate_step(the_plan, step)
+            seconds_left += estimate.seconds
+            disk_left += estimate.disk_bytes
+            peak = max(peak, estimate.memory_bytes)
+            figures = tuple("~" + text for text in (_seconds(estimate.seconds), _bytes(estimate.memory_bytes), _bytes(estimate.disk_bytes)))  # type: ignore[assignment]
+        reads = ", ".join(step.inputs.values()) if len(step.inputs) <= 4 else f"{len(step.inputs)} artifacts"
+        colour = {"done": "green", "stale": "yellow", "to do": ""}[state]
+        shown = f"[{colour}]{state}[/]" if colour else state
+        table.add_row(step.name, step.stage, reads, shown + (f" ({why})" if why else ""), *figures)
+    console = Console()
+    console.print(table)
+    for note in the_plan.notes:
+        console.print(f"note: {note}")
+    console.print(f"left: about {_seconds(seconds_left)}, {_bytes(peak)} of memory, {_bytes(disk_left)} of disk (~ marks estimates, good to a factor of two)")
+
+
+@app.command()
+def init(
+    source: Annotated[Path, typer.Argument(metavar="FOLDER", help="BEIR folder, MS MARCO TSV files, JSONL, CSV, Parquet, or a folder of text.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Recipe to write; default recipes/NAME.toml or NAME.toml.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over an existing recipe.")] = False,
+) -> None:
+    """Look at your data and at this machine, and write a commented recipe."""
+    from simlm.scaffold import write_recipe
+
+    path, summary = write_recipe(source, output, force=force)
+    typer.echo(summary)
+    typer.echo(f"\nwrote {path}. Next:\n  simlm plan {path}\n  simlm run {path}")
+
+
+@app.command()
+def search(
+    run_or_recipe: Annotated[Path, typer.Argument(metavar="RUN|RECIPE", help="The folder of a run, to ask it a query; or a recipe, to do its search steps.")],
+    query: Annotated[str | None, typer.Argument(metavar="QUERY")] = None,
+    depth: Annotated[int, typer.Option("--depth", "-k", min=1, help="Passages shown.")] = 10,
+    bm25: Annotated[bool, typer.Option("--bm25", help="BM25 alone.")] = False,
+    hybrid: Annotated[bool, typer.Option("--hybrid", help="Dense and BM25, fused by reciprocal rank.")] = False,
+    rerank: Annotated[bool, typer.Option("--rerank", help="Re-rank the top passages with the cross-encoder.")] = False,
+    retriever: Annotated[str | None, typer.Option("--retriever", help="Which trained retriever: distilled, retriever2, retriever1, start.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    step: StepOption = None,
+    changes: SetOption = None,
+) -> None:
+    """Search the corpus of a run; or, given a recipe, do its `search` steps."""
+    if run_or_recipe.suffix == ".toml":
+        _stage_command("search", run_or_recipe, changes, step)
+        return
+    if query is None:
+        raise SimlmError(f'no query given; ask one: simlm search {run_or_recipe} "how are vectors normalised"')
+    if bm25 and hybrid:
+        raise SimlmError("--bm25 and --hybrid exclude each other; leave both out for dense search")
+    from simlm.searcher import open_run
+
+    mode = "bm25" if bm25 else "hybrid" if hybrid else "dense"
+    results = open_run(run_or_recipe, retriever=retriever, mode=mode, rerank=rerank).search(query, depth=depth)
+    if as_json:
+        import json
+        from dataclasses import asdict
+
+        for result in results:
+            typer.echo(json.dumps(asdict(result), ensure_ascii=False))
+        return
+    _print_results(query, results)
+
+
+@app.command()
+def evaluate(
+    run_or_recipe: Annotated[Path, typer.Argument(metavar="RECIPE|RUN.TREC", help="A recipe, or a TREC run file.")],
+    qrels: Annotated[Path | None, typer.Argument(metavar="QRELS", help="Judgements (TREC or BEIR TSV), with a run file.")] = None,
+    measures: Annotated[str, typer.Option("--measures", "-m", help="As ir_measures writes them, separated by spaces.")] = "RR@10 nDCG@10 R@50 R@100 R@1000",
+    changes: SetOption = None,
+) -> None:
+    """Measure a TREC run file against judgements; or, given a recipe, do its report."""
+    if run_or_recipe.suffix == ".toml":
+        _stage_command("evaluate", run_or_recipe, changes, None)
+        return
+    if qrels is None:
+        raise SimlmError(f"{run_or_recipe}: judgements are needed too: simlm evaluate RUN.TREC QRELS")
+    from simlm.evaluation.measures import evaluate_run
+
+    for name, value in evaluate_run(run_or_recipe, qrels, measures.split()).items():
+        typer.echo(f"{name}\t{value:.4f}")
+
+
+@app.command()
+def report(folder: RunArgument) -> None:
+    """Print the result table of a finished run again."""
+    _print_report(folder)
+
+
+def _stage_command(stage: str, recipe: Path, changes: list[str] | None, names: list[str] | None) -> None:
+    """Do the steps of one stage (or those named) and whatever they need that is not done yet."""
+    from simlm.pipeline import make_plan, run_recipe
+    from simlm.recipe import load_recipe
+
+    loaded = load_recipe(recipe, changes)
+    the_plan = make_plan(loaded)
+    steps = [step.name for step in the_plan.steps if step.stage == stage]
+    for name in names or []:
+        if the_plan.step(name).stage != stage:
+            raise SimlmError(f"step {name!r} is a {the_plan.step(name).stage} step, not {stage}; this recipe's {stage} steps: {', '.join(steps) or 'none'}")
+    if not steps:
+        raise SimlmError(f"{recipe}: has no {stage} step; `simlm plan {recipe}` shows the steps it has")
+    folder = run_recipe(loaded, only=names or steps)
+    if stage == "evaluate":
+        _print_report(folder)
+
+
+def _add_stage(stage: str, description: str) -> None:
+    def command(recipe: RecipeArgument, step: StepOption = None, changes: SetOption = None) -> None:
+        _stage_command(stage, recipe, changes, step)
+
+    command.__doc__ = f"{description} (and what that needs, if it is not done yet)."
+    app.command(stage.replace("_", "-"))(command)
+
+
+for _stage, _description in {
+    "prepare": "Tokenise corpus and queries into the store",
+    "train_generator": "Train or take over the generator for replaced LM",
+    "pretrain": "Pre-train the encoder with the representation bottleneck",
+    "train_retriever": "Train the retrievers on hard negatives",
+    "encode": "Encode the corpus with each model",
+    "build_index": "Build the BM25 and vector indexes",
+    "fuse": "Fuse dense and BM25 runs",
+    "mine_negatives": "Mine hard negatives",
+    "select_run": "Choose the run to re-rank on the dev queries",
+    "train_reranker": "Train the cross-encoder",
+    "rerank": "Re-rank runs, and score training groups for distillation",
+    "distill": "Distil the re-ranker into a retriever",
+}.items():
+    _add_stage(_stage, _description)
+
+
+def _print_report(folder: Path) -> None:
+    import json
+
+    from rich.console import Console
+
+    from simlm.artifacts import open_artifact
+
+    path = folder / "report"
+    open_artifact(path, "report", verify="sizes")
+    from simlm.evaluation.report import terminal_table, verdicts
+
+    metrics: dict[str, Any] = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(terminal_table(metrics))
+    for verdict in verdicts(metrics):
+        console.print(verdict)
+    console.print(f"report: {path / 'report.html'}  (also report.md, metrics.json)")
+
+
+def _print_next(folder: Path) -> None:
+    from rich.console import Console
+
+    from simlm.searcher import example_query
+
+    query = example_query(folder)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    quoted = query.replace('"', "'")
+    console.print("\nNext:", highlight=False)
+    for flag in ("", " --hybrid", " --rerank"):
+        console.print(f'  simlm search {folder} "{quoted}"{flag}', highlight=False, markup=False, soft_wrap=True)
+    console.print("  simlm init YOUR_DATA_FOLDER        # a recipe for your own corpus", highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_results(query: str, results: list[Any]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    if not results:
+        console.print(f"no passage found for {query!r}", markup=False)
+    for result in results:
+        line = Text(f"{result.rank:>3}  {result.score:8.4f}  ")
+        line.append(result.title or result.passage_id, style="bold")
+        line.append(f"  [{result.passage_id}]" if result.title else "", style="dim")
+        console.print(line)
+        text = " ".join(result.text.split())
+        console.print(Text(f"               {text[:240]}{'...' if len(text) > 240 else ''}", style="dim"))
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} d"
+
+
+def _bytes(count: float) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} B"
