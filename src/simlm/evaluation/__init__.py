@@ -1,0 +1,1 @@
+"""Measures, significance tests, answer matching and the report. Needs neither torch nor transformers."""
