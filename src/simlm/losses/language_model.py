@@ -1,0 +1,180 @@
+"""Cross-entropy over a whole vocabulary that never holds all the logits.
+
+With N positions and a vocabulary of V, the logits of the plain computation and their gradient are the largest tensors of a
+pre-training step (16,384 x 30,522 floats = 2 GB each). Here the rows go through in chunks, and since the loss is a sum its gradients
+are computed in the same pass: a chunk's logits are made once and dropped at once.
+Shapes: N positions, H width of the output embeddings, V vocabulary, C rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from simlm.errors import ShapeError
+
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
+"""Size of one chunk's fp32 logits. On a CPU larger ones gain nothing (measured: 512 rows of 30,522 multiply as fast as 2,048)."""
+
+
+def chunked_cross_entropy(
+    features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_N: Tensor, chunk_rows: int | None = None
+) -> Tensor:
+    """Sum (fp32 scalar) of the cross-entropies, in nats, of labels_N under softmax(features_NH @ weight_VH.T + bias_V).
+
+    Equals F.cross_entropy(logits, labels, reduction="sum") to float tolerance, gradients of features, weight and bias included.
+    Under autocast the matrix products run in its type, the softmax in fp32; the weight's gradient is accumulated in fp32.
+    labels_N: int64 in 0..V-1. chunk_rows: rows at a time; None = as many as CHUNK_BYTES hold.
+    The gradients are made on the way forward, so the graph can be run backward once. Raises ShapeError if the shapes do not fit.
+    """
+    _check_shapes(features_NH, weight_VH, bias_V, labels_N)
+    rows = chunk_rows or default_chunk_rows(weight_VH)
+    wanted = tuple(torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in (features_NH, weight_VH, bias_V))
+    loss: Tensor = _ChunkedCrossEntropy.apply(features_NH, weight_VH, bias_V, labels_N, rows, wanted)  # type: ignore[no-untyped-call]
+    return loss
+
+
+@torch.no_grad()
+def token_losses(
+    features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_N: Tensor, chunk_rows: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """(loss_N in nats, correct_N bool: the label has the highest logit), without gradients; arguments as above."""
+    _check_shapes(features_NH, weight_VH, bias_V, labels_N)
+    rows = chunk_rows or default_chunk_rows(weight_VH)
+    losses, correct = [], []
+    for features_CH, labels_C in zip(torch.split(features_NH, rows), torch.split(labels_N, rows), strict=True):
+        logits_CV = logits_fp32(features_CH, weight_VH, bias_V)
+        label_logits_C = logits_CV.gather(1, labels_C[:, None])[:, 0]
+        best_C = logits_CV.amax(1)
+        losses.append(best_C - torch.softmax(logits_CV, 1).amax(1).log() - label_logits_C)
+        correct.append(label_logits_C == best_C)
+    if not losses:
+        return features_NH.new_zeros(0, dtype=torch.float32), labels_N.new_zeros(0, dtype=torch.bool)
+    return torch.cat(losses), torch.cat(correct)
+
+
+def logits_fp32(features_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
+    """Logits_CV in fp32; the product itself runs in autocast's type where that is on."""
+    logits_CV = features_CH @ weight_VH.T
+    if bias_V is None:
+        return logits_CV.float()
+    return logits_CV.add_(bias_V) if logits_CV.dtype == bias_V.dtype == torch.float32 else logits_CV + bias_V.float()
+
+
+def default_chunk_rows(weight_VH: Tensor) -> int:
+    """Rows whose fp32 logits fit CHUNK_BYTES."""
+    size = CHUNK_BYTES.get(weight_VH.device.type, CHUNK_BYTES["cuda"])
+    return max(16, size // (4 * weight_VH.shape[0]))
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(  # noqa: PLR0917
+        ctx: Any,
+        features_NH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        labels_N: Tensor,
+        chunk_rows: int,
+        wanted: tuple[bool, bool, bool],
+    ) -> Tensor:
+        device = features_NH.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VH.dtype
+        with torch.autocast(device, enabled=False):
+            loss, gradients = _loss_and_gradients(
+                features_NH, weight_VH, bias_V, labels_N, chunk_rows=chunk_rows, wanted=wanted, dtype=dtype
+            )
+        ctx.gradients = gradients
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("chunked_cross_entropy: its gradients are made once and used once; call it again for a second backward")
+        return *(None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients), None, None, None
+
+
+def _loss_and_gradients(
+    features_NH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    labels_N: Tensor,
+    *,
+    chunk_rows: int,
+    wanted: tuple[bool, bool, bool],
+    dtype: torch.dtype,
+) -> tuple[Tensor, list[Tensor | None]]:
+    num_rows, num_entries = features_NH.shape[0], weight_VH.shape[0]
+    features, weight = features_NH.to(dtype), weight_VH.to(dtype)
+    bias = None if bias_V is None else bias_V.float()
+    grad_features = torch.empty_like(features_NH) if wanted[0] else None
+    grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if wanted[1] else None
+    grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if wanted[2] and bias_V is not None else None
+    loss = torch.zeros((), dtype=torch.float32, device=features.device)
+
+    # Two buffers for all chunks: fresh tensors of this size cost a CPU more in page faults than the arithmetic on them.
+    buffer_rows = min(chunk_rows, num_rows)
+    logits_buffer = torch.empty(buffer_rows, num_entries, dtype=torch.float32, device=features.device)
+    probabilities_buffer = torch.empty_like(logits_buffer)
+    for start in range(0, num_rows, chunk_rows):
+        stop = min(start + chunk_rows, num_rows)
+        features_CH, labels_C1 = features[start:stop], labels_N[start:stop, None]
+        logits_CV, probabilities_CV = logits_buffer[: stop - start], probabilities_buffer[: stop - start]
+        _logits_into(logits_CV, features_CH, weight, bias)
+        torch.softmax(logits_CV, 1, out=probabilities_CV)
+        # log-sum-exp = highest logit - log of its probability, which is never below 1/V: exact, and two quick passes over memory.
+        log_sum_C = logits_CV.amax(1) - probabilities_CV.amax(1).log()
+        loss += (log_sum_C - logits_CV.gather(1, labels_C1)[:, 0]).sum()
+        if not any(wanted):
+            continue
+        grad_CV = probabilities_CV.scatter_add_(1, labels_C1, torch.full_like(labels_C1, -1, dtype=torch.float32))
+        if grad_bias is not None:
+            grad_bias += grad_CV.sum(0)
+        grad_CV = grad_CV.to(dtype)
+        if grad_features is not None:
+            grad_features[start:stop] = grad_CV @ weight
+        if grad_weight is not None:
+            _add_product(grad_weight, grad_CV.T, features_CH)
+
+    gradients: list[Tensor | None] = [grad_features]
+    gradients.append(None if grad_weight is None else grad_weight.to(weight_VH.dtype))
+    gradients.append(None if grad_bias is None or bias_V is None else grad_bias.to(bias_V.dtype))
+    return loss, gradients
+
+
+def _logits_into(out_CV: Tensor, features_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> None:
+    if features_CH.dtype != torch.float32:
+        logits_CV = features_CH @ weight_VH.T
+        if bias_V is None:
+            out_CV.copy_(logits_CV)
+        else:
+            torch.add(logits_CV, bias_V, out=out_CV)
+    elif bias_V is None:
+        torch.mm(features_CH, weight_VH.T, out=out_CV)
+    else:
+        torch.addmm(bias_V, features_CH, weight_VH.T, out=out_CV)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total (fp32) += left @ right."""
+    if left.dtype == torch.float32:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)
+
+
+def _check_shapes(features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_N: Tensor) -> None:
+    fits = features_NH.ndim == weight_VH.ndim == 2 and features_NH.shape[1] == weight_VH.shape[1]
+    if not fits or labels_N.shape != features_NH.shape[:1] or (bias_V is not None and bias_V.shape != weight_VH.shape[:1]):
+        shapes = {
+            "features": tuple(features_NH.shape),
+            "weight": tuple(weight_VH.shape),
+            "bias": None if bias_V is None else tuple(bias_V.shape),
+            "labels": tuple(labels_N.shape),
+        }
+        raise ShapeError(f"chunked cross-entropy: {shapes} do not fit; expected [N, H], [V, H], [V] and [N]")
