@@ -8,7 +8,7 @@ Shapes: Q queries of a step, G group size, P = Q*G passages of a step, N passage
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simlm.errors import DataError, RecipeError
-from simlm.rankings import Floats, Groups, Ints
+from simlm.progress import Progress
+from simlm.rankings import Floats, Groups, Ints, Run, offsets_of
 
 Bools = NDArray[np.bool_]
 _ORDER, _WALK, _RANDOM, _FIRST_POSITIVE = range(4)
@@ -43,6 +44,7 @@ class TrainingGroups:
     """Groups of fixed size, dealt out in steps of `queries_per_step` queries; the last step of an epoch goes on into the next.
 
     groups: mined candidates. judged: query row -> {passage row: grade}, to know more positives than the groups name.
+    fill_with_random: give queries without any candidate random passages of the corpus, else refuse them.
     Raises DataError if there is no query, a query has no positive, or the corpus has no passage to set against a query; RecipeError if
     queries_per_step is no multiple of num_ranks.
     """
@@ -57,6 +59,7 @@ class TrainingGroups:
         seed: int,
         num_ranks: int = 1,
         judged: Mapping[int, Mapping[int, int]] | None = None,
+        fill_with_random: bool = True,
     ) -> None:
         if len(groups) == 0:
             raise DataError("there are no training groups: no training query has a positive passage; training needs labelled queries")
@@ -83,6 +86,8 @@ class TrainingGroups:
         """Queries whose list is shorter than a group needs: it is gone through more than once within a group."""
         self.num_bare = int(np.count_nonzero(num_negatives == 0)) if group_size > 1 else 0
         """Queries without any mined negative: they get random passages of the corpus."""
+        if self.num_bare and not fill_with_random:
+            raise DataError(f"{self.num_bare:,} training queries have no negative passage with a teacher's score; mine and re-rank again")
         if self.num_bare:
             for position in np.flatnonzero(num_negatives == 0):
                 if len(self.relevant(int(position))) >= num_passages:
@@ -93,6 +98,29 @@ class TrainingGroups:
 
     def __len__(self) -> int:
         return len(self.groups)
+
+    def facts(self) -> dict[str, int]:
+        """For the manifest."""
+        return {
+            "num_groups": len(self),
+            "queries_per_step": self.queries_per_step,
+            "num_queries_with_repeated_negatives": self.num_short,
+            "num_queries_with_random_negatives": self.num_bare,
+        }
+
+    def say_what_differs(self, progress: Progress, queries_per_step: int, description: str) -> None:
+        """Tell the user where the data do not allow what the recipe asks for."""
+        if self.queries_per_step < queries_per_step:
+            progress.say(
+                f"{description}: {len(self):,} training queries, so a step has {self.queries_per_step} of them, not {queries_per_step}"
+            )
+        if self.num_short:
+            progress.say(
+                f"{description}: {self.num_short:,} queries have fewer than {self.group_size - 1} mined negatives; "
+                "some come more than once in their group"
+            )
+        if self.num_bare:
+            progress.say(f"{description}: {self.num_bare:,} queries have no mined negative; they get random passages of the corpus")
 
     def step(self, step: int) -> StepGroups:
         """The groups of a step (0, 1, ...)."""
@@ -174,3 +202,99 @@ def share_of_rank(num_queries: int, rank: int, num_ranks: int) -> slice:
         )
     share = num_queries // num_ranks
     return slice(rank * share, (rank + 1) * share)
+
+
+@dataclass(frozen=True)
+class TeacherGroups:
+    """Groups whose scores are the teacher's, cut to what it has scored.
+
+    depth: negatives a query at most. num_constant: queries whose passages all have the same score, which teach nothing.
+    """
+
+    groups: Groups
+    depth: int
+    num_constant: int
+
+
+def teacher_groups(groups: Groups, teacher: Run, *, query_id: Callable[[int], str], passage_id: Callable[[int], str]) -> TeacherGroups:
+    """Groups with a teacher's scores for every positive and for the first negatives of every query.
+
+    teacher: raw logits for pairs of the groups. How deep it goes is told from the query where it goes deepest; every other query must be
+    scored as deep, or to the end of its list.
+    query_id, passage_id: names of rows, for messages.
+    Raises DataError listing the first pairs that are missing, the first scores that are not finite, or if no query's scores differ.
+    """
+    places = {int(query): position for position, query in enumerate(teacher.query_rows)}
+    found: list[tuple[Floats, Floats]] = []
+    for position in range(len(groups)):
+        place = places.get(int(groups.query_rows[position]))
+        rows, scores = teacher.ranked(place) if place is not None else (np.empty(0, np.int64), np.empty(0, np.float32))
+        order = np.argsort(rows, kind="stable")
+        rows, scores = np.asarray(rows)[order], np.asarray(scores)[order]
+        found.append(
+            (_scores_of(groups.positives(position)[0], rows, scores), _scores_of(groups.negatives(position)[0], rows, scores)),
+        )
+    depth = max((int(np.flatnonzero(~np.isnan(negatives))[-1]) + 1 for _, negatives in found if not np.isnan(negatives).all()), default=0)
+    found = [(positives, negatives[:depth]) for positives, negatives in found]
+    _check_teacher(groups, found, teacher, depth=depth, query_id=query_id, passage_id=passage_id)
+    num_constant = sum(len(both) > 1 and float(np.ptp(both)) == 0.0 for both in (np.concatenate(pair) for pair in found))
+    if len(groups) and num_constant == len(groups):
+        raise DataError(
+            "the teacher gives all passages of a query the same score, for every query; it has not learned anything: train it again"
+        )
+    negatives = [np.asarray(groups.negatives(position)[0][:depth]) for position in range(len(groups))]
+    return TeacherGroups(
+        Groups(
+            groups.split,
+            groups.query_rows,
+            groups.positive_offsets,
+            groups.positive_rows,
+            np.concatenate([scores for scores, _ in found]).astype(np.float32),
+            offsets_of([len(rows) for rows in negatives]),
+            np.concatenate(negatives),
+            np.concatenate([scores for _, scores in found]).astype(np.float32),
+        ),
+        depth,
+        num_constant,
+    )
+
+
+def _scores_of(wanted: Ints, rows: Ints, scores: Floats) -> Floats:
+    """Scores of the wanted passages, NaN where there is none; `rows` is sorted. A score that is itself not finite becomes infinite."""
+    if len(rows) == 0:
+        return np.full(len(wanted), np.nan, dtype=np.float32)
+    places = np.minimum(np.searchsorted(rows, wanted), len(rows) - 1)
+    finite = np.where(np.isfinite(scores[places]), scores[places], np.inf)
+    return np.where(rows[places] == wanted, finite, np.nan).astype(np.float32)
+
+
+def _check_teacher(
+    groups: Groups,
+    found: list[tuple[Floats, Floats]],
+    teacher: Run,
+    *,
+    depth: int,
+    query_id: Callable[[int], str],
+    passage_id: Callable[[int], str],
+) -> None:
+    bad: dict[str, list[str]] = {"missing": [], "infinite": []}
+    for position, pair in enumerate(found):
+        rows = np.concatenate([groups.positives(position)[0], groups.negatives(position)[0][:depth]])
+        scores = np.concatenate(pair)
+        for kind, where in (("missing", np.isnan(scores)), ("infinite", np.isinf(scores))):
+            name = query_id(int(groups.query_rows[position])) if where.any() else ""
+            bad[kind] += [f"({name}, {passage_id(int(row))})" for row in rows[where]]
+    if bad["missing"]:
+        raise DataError(
+            f"the teacher run ({len(teacher):,} queries) has no score for {len(bad['missing']):,} pairs of query and passage "
+            f"of the groups: {_first(bad['missing'])}; run the rerank step again over these groups"
+        )
+    if bad["infinite"]:
+        raise DataError(
+            f"{len(bad['infinite']):,} teacher scores are not finite numbers: {_first(bad['infinite'])}; train the re-ranker again, "
+            "with a lower learning rate or bf16 = false"
+        )
+
+
+def _first(names: list[str], shown: int = 5) -> str:
+    return ", ".join(names[:shown]) + (" ..." if len(names) > shown else "")

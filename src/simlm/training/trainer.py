@@ -115,6 +115,13 @@ def num_training_steps(settings: TrainingSettings, num_examples: int, examples_p
     return max(1, math.ceil(round(settings.num_train_epochs * num_examples / examples_per_step, 9)))
 
 
+def mixed_precision(settings: TrainingSettings) -> tuple[str, bool]:
+    """(device type that training uses, whether it computes in bf16)."""
+    options = settings.model_extra or {}
+    device = training_device(bool(options.get("use_cpu", False)))
+    return device.type, not options.get("fp16") and resolve_bf16(settings.bf16, device.type)
+
+
 def train(
     task: nn.Module,
     batches: StepBatches,
@@ -563,9 +570,7 @@ def _arguments(
         raise RecipeError(
             "training.fsdp: sharded training is not supported yet; run with DDP (torchrun alone), which fits encoders of this size"
         )
-    device = training_device(bool(options.pop("use_cpu", False)))
-    bf16 = not options.get("fp16") and resolve_bf16(options.pop("bf16"), device.type)
-    options.pop("bf16", None)
+    device_type, bf16 = mixed_precision(settings)
     options.update(
         output_dir=str(folder),
         max_steps=num_steps,
@@ -573,7 +578,7 @@ def _arguments(
         gradient_accumulation_steps=1,
         seed=seed % 2**32,
         bf16=bf16,
-        use_cpu=device.type == "cpu",
+        use_cpu=device_type == "cpu",
         eval_strategy="steps" if has_dev else "no",
         eval_steps=(settings.eval_steps or num_steps) if has_dev else None,
         metric_for_best_model=main_dev_measure if has_dev else None,
