@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, embedding
 
 from simlm.errors import ShapeError
-from simlm.losses.language_model import chunked_cross_entropy, default_chunk_rows, token_losses
+from simlm.losses.language_model import chunked_cross_entropy, cross_entropy_and_rows, default_chunk_rows, token_losses
 
 torch.set_num_threads(1)
 
@@ -95,6 +95,14 @@ def test_second_backward_is_refused() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="used once"):
         loss.backward()
+
+
+def test_rows_come_without_gradient() -> None:
+    features, weight, bias, labels = _tensors()
+    total, rows = cross_entropy_and_rows(features, weight, bias, labels, 7)
+    assert not rows.requires_grad
+    torch.testing.assert_close(rows.sum(), total.detach())
+    torch.testing.assert_close(rows, token_losses(features, weight, bias, labels)[0])
 
 
 def test_token_losses() -> None:

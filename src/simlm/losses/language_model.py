@@ -30,11 +30,18 @@ def chunked_cross_entropy(
     labels_N: int64 in 0..V-1. chunk_rows: rows at a time; None = as many as CHUNK_BYTES hold.
     The gradients are made on the way forward, so the graph can be run backward once. Raises ShapeError if the shapes do not fit.
     """
+    return cross_entropy_and_rows(features_NH, weight_VH, bias_V, labels_N, chunk_rows)[0]
+
+
+def cross_entropy_and_rows(
+    features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_N: Tensor, chunk_rows: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """(what `chunked_cross_entropy` returns, the loss_N of each row without gradient): to log parts of a sum made in one pass."""
     _check_shapes(features_NH, weight_VH, bias_V, labels_N)
     rows = chunk_rows or default_chunk_rows(weight_VH)
     wanted = tuple(torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in (features_NH, weight_VH, bias_V))
-    loss: Tensor = _ChunkedCrossEntropy.apply(features_NH, weight_VH, bias_V, labels_N, rows, wanted)  # type: ignore[no-untyped-call]
-    return loss
+    loss, loss_N = _ChunkedCrossEntropy.apply(features_NH, weight_VH, bias_V, labels_N, rows, wanted)  # type: ignore[no-untyped-call]
+    return loss, loss_N
 
 
 @torch.no_grad()
@@ -80,19 +87,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         labels_N: Tensor,
         chunk_rows: int,
         wanted: tuple[bool, bool, bool],
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         device = features_NH.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VH.dtype
         with torch.autocast(device, enabled=False):
-            loss, gradients = _loss_and_gradients(
+            loss_N, gradients = _loss_and_gradients(
                 features_NH, weight_VH, bias_V, labels_N, chunk_rows=chunk_rows, wanted=wanted, dtype=dtype
             )
         ctx.gradients = gradients
-        return loss
+        ctx.mark_non_differentiable(loss_N)
+        return loss_N.sum(), loss_N
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("chunked_cross_entropy: its gradients are made once and used once; call it again for a second backward")
@@ -115,7 +123,7 @@ def _loss_and_gradients(
     grad_features = torch.empty_like(features_NH) if wanted[0] else None
     grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if wanted[1] else None
     grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if wanted[2] and bias_V is not None else None
-    loss = torch.zeros((), dtype=torch.float32, device=features.device)
+    loss_N = torch.empty(num_rows, dtype=torch.float32, device=features.device)
 
     # Two buffers for all chunks: fresh tensors of this size cost a CPU more in page faults than the arithmetic on them.
     buffer_rows = min(chunk_rows, num_rows)
@@ -129,7 +137,7 @@ def _loss_and_gradients(
         torch.softmax(logits_CV, 1, out=probabilities_CV)
         # log-sum-exp = highest logit - log of its probability, which is never below 1/V: exact, and two quick passes over memory.
         log_sum_C = logits_CV.amax(1) - probabilities_CV.amax(1).log()
-        loss += (log_sum_C - logits_CV.gather(1, labels_C1)[:, 0]).sum()
+        torch.sub(log_sum_C, logits_CV.gather(1, labels_C1)[:, 0], out=loss_N[start:stop])
         if not any(wanted):
             continue
         grad_CV = probabilities_CV.scatter_add_(1, labels_C1, torch.full_like(labels_C1, -1, dtype=torch.float32))
@@ -144,7 +152,7 @@ def _loss_and_gradients(
     gradients: list[Tensor | None] = [grad_features]
     gradients.append(None if grad_weight is None else grad_weight.to(weight_VH.dtype))
     gradients.append(None if grad_bias is None or bias_V is None else grad_bias.to(bias_V.dtype))
-    return loss, gradients
+    return loss_N, gradients
 
 
 def _logits_into(out_CV: Tensor, features_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> None:
