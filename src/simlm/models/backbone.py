@@ -20,7 +20,15 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.masking_utils import create_bidirectional_mask, create_bidirectional_sliding_window_mask
 from transformers.utils import logging as transformers_logging
 
@@ -112,7 +120,7 @@ def load_tokenizer(ref: str, revision: str | None = None) -> PreTrainedTokenizer
     Raises ModelError if there is none, or only a slow one (without word ids there are no whole words).
     """
     folder = resolve_model(ref)
-    with _quiet():
+    with quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -161,6 +169,30 @@ def load_masked_lm(
     return model
 
 
+def load_classifier(
+    settings: ModelSettings | str,
+    *,
+    num_labels: int = 1,
+    vocab_size: int | None = None,
+    seed: int = 0,
+    dropout: float | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> PreTrainedModel:
+    """Encoder with a sequence-classification head, in float32; arguments and errors as `load_encoder`.
+
+    The head is the checkpoint's own if it has one, otherwise fresh. Raises ModelError if its own has another number of labels.
+    """
+    return _load(
+        AutoModelForSequenceClassification,
+        settings,
+        num_labels=num_labels,
+        vocab_size=vocab_size,
+        seed=seed,
+        dropout=dropout,
+        tokenizer=tokenizer,
+    )
+
+
 def has_fresh_head(masked_lm: PreTrainedModel) -> bool:
     """True if the head was initialised on loading, not read from the checkpoint."""
     return bool(getattr(masked_lm, "_simlm_fresh_head", False))
@@ -174,14 +206,18 @@ def _load(
     seed: int,
     dropout: float | None,
     tokenizer: PreTrainedTokenizerFast | None,
+    num_labels: int | None = None,
 ) -> PreTrainedModel:
     if isinstance(settings, str):
         settings = ModelSettings(start=settings)
     if tokenizer is not None and vocab_size is None:
         vocab_size = len(tokenizer)
-    with _quiet(), torch.random.fork_rng(devices=[]):
+    with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _build(auto, settings, vocab_size, tokenizer) if settings.start == "scratch" else _read(auto, settings)
+        if settings.start == "scratch":
+            model = _build(auto, settings, vocab_size, tokenizer, num_labels)
+        else:
+            model = _read(auto, settings, num_labels)
     found = int(model.config.vocab_size)
     if vocab_size is not None and found < vocab_size:
         raise ModelError(
@@ -192,7 +228,9 @@ def _load(
     return model
 
 
-def _build(auto: Any, settings: ModelSettings, vocab_size: int | None, tokenizer: PreTrainedTokenizerFast | None) -> PreTrainedModel:
+def _build(
+    auto: Any, settings: ModelSettings, vocab_size: int | None, tokenizer: PreTrainedTokenizerFast | None, num_labels: int | None
+) -> PreTrainedModel:
     fields = dict(settings.config)
     model_type = fields.pop("model_type", None)
     if model_type not in FAMILIES:
@@ -215,6 +253,8 @@ def _build(auto: Any, settings: ModelSettings, vocab_size: int | None, tokenizer
         config = AutoConfig.for_model(model_type, **fields)
         if settings.attention is not None:
             config._attn_implementation = settings.attention
+        if num_labels is not None:
+            config.num_labels = num_labels
         model = auto.from_config(config, trust_remote_code=False, **_without_pooler(auto, config))
     except (ValueError, TypeError, AssertionError, ImportError) as error:
         raise ModelError(f"model.config does not make a {model_type} model: {_first_line(error)}") from error
@@ -222,7 +262,7 @@ def _build(auto: Any, settings: ModelSettings, vocab_size: int | None, tokenizer
     return cast("PreTrainedModel", model)
 
 
-def _read(auto: Any, settings: ModelSettings) -> PreTrainedModel:
+def _read(auto: Any, settings: ModelSettings, num_labels: int | None) -> PreTrainedModel:
     ref = settings.start
     folder = resolve_model(ref)
     if Path(folder).is_dir():
@@ -230,6 +270,8 @@ def _read(auto: Any, settings: ModelSettings) -> PreTrainedModel:
     options: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(folder, **options)
+        if num_labels is not None:
+            _set_labels(config, num_labels, ref)
         if settings.attention is not None:
             options["attn_implementation"] = settings.attention
         model, report = auto.from_pretrained(
@@ -252,6 +294,17 @@ def _read(auto: Any, settings: ModelSettings) -> PreTrainedModel:
         raise ModelError(f"{ref}: its safetensors file is damaged ({_first_line(error)}); download or copy it again") from error
     model._simlm_fresh_head = _check_keys(model, ref, set(report["missing_keys"]), set(report["unexpected_keys"]))
     return cast("PreTrainedModel", model)
+
+
+def _set_labels(config: Any, num_labels: int, ref: str) -> None:
+    """Ask for a head of `num_labels`; ModelError if the checkpoint has a head of another size."""
+    has_head = any(str(name).endswith("ForSequenceClassification") for name in config.architectures or [])
+    if has_head and config.num_labels != num_labels:
+        raise ModelError(
+            f"{ref}: a classifier of {config.num_labels} labels, a re-ranker has {num_labels}; give a checkpoint without that head, "
+            "or a cross-encoder trained to score pairs"
+        )
+    config.num_labels = num_labels
 
 
 def _check_folder(folder: Path, ref: str) -> None:
@@ -290,7 +343,7 @@ def _without_pooler(auto: Any, config: Any) -> dict[str, bool]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence transformers' reports and bars: what they would say is checked here."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
