@@ -119,7 +119,8 @@ def mixed_precision(settings: TrainingSettings) -> tuple[str, bool]:
     """(device type that training uses, whether it computes in bf16)."""
     options = settings.model_extra or {}
     device = training_device(bool(options.get("use_cpu", False)))
-    return device.type, not options.get("fp16") and resolve_bf16(settings.bf16, device.type)
+    wanted = False if settings.bf16 == "auto" and options.get("fp16") else settings.bf16
+    return device.type, resolve_bf16(wanted, device.type)
 
 
 def train(
@@ -443,6 +444,8 @@ class SimlmTrainer(transformers.Trainer):  # type: ignore[misc, unused-ignore]
         """Take autocast and DDP off the task again, and let go of the optimiser."""
         self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
         self.accelerator.free_memory()
+        for left_behind in ("forward", "_is_accelerate_prepared"):  # on the instance; the class has its own forward
+            vars(self._task).pop(left_behind, None)
         self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self._task
 
