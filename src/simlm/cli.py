@@ -144,9 +144,9 @@ def search(
         raise SimlmError(f'no query given; ask one: simlm search {run_or_recipe} "how are vectors normalised"')
     if bm25 and hybrid:
         raise SimlmError("--bm25 and --hybrid exclude each other; leave both out for dense search")
-    from simlm.searcher import open_run
+    from simlm.searcher import Mode, open_run
 
-    mode = "bm25" if bm25 else "hybrid" if hybrid else "dense"
+    mode: Mode = "bm25" if bm25 else "hybrid" if hybrid else "dense"
     results = open_run(run_or_recipe, retriever=retriever, mode=mode, rerank=rerank).search(query, depth=depth)
     if as_json:
         import json

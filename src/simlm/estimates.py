@@ -203,7 +203,7 @@ def _store_sizes(path: Path, fingerprint: str) -> Sizes:  # noqa: ARG001 - the f
     from simlm.data.store import Store
 
     store = Store.open(path)
-    queries = {split: len(store.queries(split)) for split in store.splits}
+    queries: dict[str, int] = {split: len(store.queries(split)) for split in store.splits}
     lengths = [float(store.queries(split).lengths.mean()) for split in store.splits if len(store.queries(split))]
     return Sizes(len(store.passages), float(store.passages.lengths.mean()), max(lengths, default=14.0), queries, exact=True)
 

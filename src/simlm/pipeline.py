@@ -248,7 +248,7 @@ class _Planner:
         self.splits: list[Split] = []
 
     def build(self) -> None:
-        recipe, skip = self.recipe, set(self.recipe.skip)
+        recipe, skip = self.recipe, {str(part) for part in self.recipe.skip}
         self.splits = self._find_splits()
         searched: list[Split] = [split for split in ("dev", "test") if split in self.splits]
         self._prepare()
@@ -424,7 +424,7 @@ class _Planner:
         files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".safetensors", ".txt", ".model"))
         return {f"model {reference}": json_digest({file.name: cached_digest(file, self.digests) for file in files})}
 
-    def _add(self, name: str, stage: str, settings: BaseModel, *, outside: dict[str, Any] | None = None, **inputs: str) -> None:
+    def _add(self, name: str, stage: str, settings: BaseModel, *, outside: dict[str, Any] | None = None, **inputs: Any) -> None:
         outside = outside or {}
         known = {step.name: step.fingerprint for step in self.steps}
         fingerprint = json_digest(

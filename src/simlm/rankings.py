@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -154,7 +155,7 @@ def _save(folder: Path, **arrays: NDArray[np.generic]) -> None:
         np.save(folder / f"{name}.npy", array, allow_pickle=False)
 
 
-def _load(folder: Path, split: Split, names: Sequence[str]) -> dict[str, NDArray[np.generic]]:
+def _load(folder: Path, split: Split, names: Sequence[str]) -> dict[str, Any]:
     if not (folder / split).is_dir():
         have = sorted(entry.name for entry in Path(folder).iterdir() if entry.is_dir()) if Path(folder).is_dir() else []
         raise ArtifactError(f"{folder}: nothing for split {split!r} here, it holds {have}; search that split first")

@@ -71,9 +71,9 @@ class Ranks:
             except SimlmError as error:
                 box = [(None, error)]
         torch.distributed.broadcast_object_list(box, src=0)
-        value, error = box[0]
-        if error is not None:
-            raise error
+        value, failure = box[0]
+        if failure is not None:
+            raise failure
         return value  # type: ignore[no-any-return]
 
 

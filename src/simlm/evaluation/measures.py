@@ -145,9 +145,7 @@ def parse_measure(name: str) -> Any:
         measure.validate_params()
     except (AssertionError, ValueError, SyntaxError, TypeError):
         takes = ", ".join(f"{key}{' (needed)' if info.required else ''}: {info.desc}" for key, info in measure.SUPPORTED_PARAMS.items())
-        raise RecipeError(
-            f"measure {name!r}: its parameters do not fit; {base} takes {takes or 'none'}; write as R(rel=2)@50"
-        ) from None
+        raise RecipeError(f"measure {name!r}: its parameters do not fit; {base} takes {takes or 'none'}; write as R(rel=2)@50") from None
     if measure.params.get("cutoff", 1) < 1:
         raise RecipeError(f"measure {name!r}: the cut-off must be 1 or more")
     return measure

@@ -95,7 +95,7 @@ def pool(hidden_BTH: Tensor, attention_mask_BT: Tensor | None, pooling: Pooling)
     if attention_mask_BT is None:
         return hidden_BTH.float().mean(dim=1)
     mask_BT1 = attention_mask_BT.unsqueeze(-1).to(torch.float32)
-    return cast("Tensor", (hidden_BTH.float() * mask_BT1).sum(dim=1) / mask_BT1.sum(dim=1).clamp(min=1e-9))
+    return (hidden_BTH.float() * mask_BT1).sum(dim=1) / mask_BT1.sum(dim=1).clamp(min=1e-9)
 
 
 def read_simlm(folder: Path) -> dict[str, Any]:

@@ -26,20 +26,20 @@ _GOLDEN = np.array(0x9E3779B97F4A7C15, dtype=np.uint64)
 
 @dataclass(frozen=True)
 class Draws:
-    """Random numbers of the passages `rows` [B] in one epoch.
+    """Random numbers of the passages `rows` [B] in `epoch`, one for all or one for each.
 
     Number j of a passage's stream is SplitMix64's j-th output (Steele, Lea and Flood 2014) from a start that hashes seed, epoch, row
     and stream, so it can be computed for all passages at once and does not depend on how many there are.
     """
 
     seed: int
-    epoch: int
+    epoch: int | NDArray[np.int64]
     rows: NDArray[np.integer[Any]]
 
     def uniforms(self, stream: int, count: int) -> Uniforms:
         """[B, count] numbers in [0, 1), 53 bits each."""
         state_B = np.full(len(self.rows), self.seed % 2**64, dtype=np.uint64)
-        for part in (self.epoch, np.asarray(self.rows), stream):
+        for part in (self.epoch, self.rows, stream):
             state_B = _mix(state_B + _GOLDEN) ^ np.asarray(part).astype(np.uint64)
         steps = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
         return (_mix(_mix(state_B)[:, None] + steps) >> np.uint64(11)).astype(np.float64) * np.float64(2.0**-53)
@@ -71,7 +71,7 @@ def whole_word_mask(batch: TokenBatch, rate: float, draws_BT: Uniforms) -> Bools
     lengths_WB = np.ascontiguousarray(np.take_along_axis(lengths_BW, order_BW, axis=1).T)
 
     maskable_B = maskable_BT.sum(1)
-    left_B = np.minimum(np.maximum(np.rint(rate * maskable_B), 1), maskable_B).astype(np.int64)
+    left_B = mask_budget(maskable_B, rate)
     taken_WB = np.zeros((num_words, size), dtype=bool)
     for position, lengths_B in enumerate(lengths_WB):
         fits_B = (lengths_B <= left_B) & (lengths_B > 0)
@@ -82,6 +82,12 @@ def whole_word_mask(batch: TokenBatch, rate: float, draws_BT: Uniforms) -> Bools
     chosen_BW = np.zeros((size, num_words), dtype=bool)
     np.put_along_axis(chosen_BW, order_BW, taken_WB.T, axis=1)
     return chosen_BW[rows_B1, np.maximum(words_BT, 0)] & maskable_BT
+
+
+def mask_budget(maskable_B: NDArray[np.int64], rate: float) -> NDArray[np.int64]:
+    """Tokens to mask of so many: max(1, round(rate x tokens)), and none where there are none."""
+    budget_B: NDArray[np.int64] = np.minimum(np.maximum(np.rint(rate * maskable_B), 1), maskable_B).astype(np.int64)
+    return budget_B
 
 
 def nested_masks(

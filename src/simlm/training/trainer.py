@@ -443,7 +443,6 @@ class SimlmTrainer(transformers.Trainer):  # type: ignore[misc, unused-ignore]
     def release(self) -> None:
         """Take autocast and DDP off the task again, and let go of the optimiser."""
         self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
-        self.accelerator.free_memory()
         for left_behind in ("forward", "_is_accelerate_prepared"):  # on the instance; the class has its own forward
             vars(self._task).pop(left_behind, None)
         self.optimizer = self.lr_scheduler = None
