@@ -255,7 +255,7 @@ class _Planner:
         runs: dict[str, str] = {}
         has_train = "train" in self.splits
 
-        self._add("bm25", "build_index", recipe.bm25, store="store")
+        self._add("bm25", "build_index", recipe.bm25, {"store": "store"})
         if searched:
             runs["bm25"] = self._search("bm25_run", "bm25", None, searched)
         if "start" not in skip and recipe.model.start != "scratch":
@@ -291,12 +291,12 @@ class _Planner:
             groups = self._mine(best, self._search_train(best, dense))
             teacher = self._reranker(groups, runs.get(best, ""), pretrained)
         if teacher and "distilled" not in skip:
-            self._add("teacher_scores", "rerank", self._pairs(recipe.teacher), store="store", model=teacher, groups=groups)
+            self._add("teacher_scores", "rerank", self._pairs(recipe.teacher), {"store": "store", "model": teacher, "groups": groups})
             self._distill(groups, pretrained)
             self._dense("distilled", "distilled", searched, runs)
             best = "distilled"
         if searched and "hybrid" not in skip:
-            self._add("hybrid_run", "fuse", recipe.hybrid, store="store", dense=runs[best], bm25=runs["bm25"])
+            self._add("hybrid_run", "fuse", recipe.hybrid, {"store": "store", "dense": runs[best], "bm25": runs["bm25"]})
             runs["hybrid"] = "hybrid_run"
         if searched and teacher:
             self._rerank_best(runs, teacher)
@@ -328,14 +328,14 @@ class _Planner:
         outside = {"data": json_digest(signature(self.recipe.data, self.digests))}
         if tokenizer:
             outside |= self._outside_model(tokenizer, None)
-        self._add("store", "prepare", settings, outside=outside)
+        self._add("store", "prepare", settings, {}, outside)
 
     def _pretrain(self) -> str:
         recipe = self.recipe
         outside = {} if recipe.generator.source == "train" else self._outside_model(recipe.generator.source, None)
-        self._add("generator", "train_generator", recipe.generator, store="store", outside=outside)
+        self._add("generator", "train_generator", recipe.generator, {"store": "store"}, outside)
         settings, outside = self._with_model(recipe.pretrain, recipe.pretrain.initial)
-        self._add("pretrained", "pretrain", settings, store="store", generator="generator", outside=outside)
+        self._add("pretrained", "pretrain", settings, {"store": "store", "generator": "generator"}, outside)
         return "pretrained"
 
     def _retriever(self, name: str, section: BaseModel, groups: str, pretrained: str, stage: str = "train_retriever", **inputs: str) -> None:
@@ -346,7 +346,7 @@ class _Planner:
             initial = "start"
             section = section.model_copy(update={"initial": "start"})
         settings, outside = self._with_model(section, initial)
-        self._add(name, stage, settings, store="store", groups=groups, outside=outside, **inputs)
+        self._add(name, stage, settings, {"store": "store", "groups": groups} | inputs, outside)
 
     def _distill(self, groups: str, pretrained: str) -> None:
         self._retriever("distilled", self.recipe.distilled, groups, pretrained, stage="distill", teacher="teacher_scores")
@@ -359,8 +359,8 @@ class _Planner:
     def _rerank_best(self, runs: dict[str, str], teacher: str) -> None:
         settings = self._pairs(self.recipe.rerank).model_copy(update={"splits": [split for split in ("test",) if split in self.splits] or ["dev"]})
         inputs = {f"run.{name}": step for name, step in runs.items() if name != "start"}
-        self._add("best_run", "select_run", self.recipe.evaluate, store="store", **inputs)
-        self._add("reranker_run", "rerank", settings, store="store", model=teacher, run="best_run")
+        self._add("best_run", "select_run", self.recipe.evaluate, {"store": "store"} | inputs)
+        self._add("reranker_run", "rerank", settings, {"store": "store", "model": teacher, "run": "best_run"})
         runs["reranker"] = "reranker_run"
 
     def _pairs(self, settings: BaseModel) -> BaseModel:
@@ -373,8 +373,8 @@ class _Planner:
         """Encode, index and search with one model; the name of the index step."""
         inputs = {"model": model} if model else {}
         settings, outside = self._with_model(self.recipe.encode, "start" if model is None else "")
-        self._add(f"{name}_embeddings", "encode", settings, store="store", outside=outside, **inputs)
-        self._add(f"{name}_index", "build_index", self.recipe.index, store="store", embeddings=f"{name}_embeddings")
+        self._add(f"{name}_embeddings", "encode", settings, {"store": "store"} | inputs, outside)
+        self._add(f"{name}_index", "build_index", self.recipe.index, {"store": "store", "embeddings": f"{name}_embeddings"})
         if searched:
             runs[name] = self._search(f"{name}_run", f"{name}_index", model, searched)
         return f"{name}_index"
@@ -388,11 +388,11 @@ class _Planner:
         changes: dict[str, Any] = {"splits": splits}
         if depth is not None:
             changes["depth"] = depth
-        self._add(name, "search", settings.model_copy(update=changes), store="store", index=index, outside=outside, **inputs)
+        self._add(name, "search", settings.model_copy(update=changes), {"store": "store", "index": index} | inputs, outside)
         return name
 
     def _mine(self, name: str, run: str) -> str:
-        self._add(f"{name}_groups", "mine_negatives", self.recipe.mining, store="store", run=run)
+        self._add(f"{name}_groups", "mine_negatives", self.recipe.mining, {"store": "store", "run": run})
         return f"{name}_groups"
 
     def _evaluate(self, runs: dict[str, str]) -> None:
@@ -403,7 +403,7 @@ class _Planner:
         if settings.split not in self.splits and "dev" in self.splits:
             self.notes.append(f"no {settings.split!r} queries: the report is on the dev queries, which the training has seen as its dev measure")
             settings = settings.model_copy(update={"split": "dev"})
-        self._add("report", "evaluate", settings, **inputs)
+        self._add("report", "evaluate", settings, inputs)
 
     def _with_model(self, section: Any, initial: str) -> tuple[Any, dict[str, Any]]:
         """The section with [model] filled in where it does not have its own, and the digests of checkpoints outside."""
@@ -424,7 +424,7 @@ class _Planner:
         files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".safetensors", ".txt", ".model"))
         return {f"model {reference}": json_digest({file.name: cached_digest(file, self.digests) for file in files})}
 
-    def _add(self, name: str, stage: str, settings: BaseModel, *, outside: dict[str, Any] | None = None, **inputs: Any) -> None:
+    def _add(self, name: str, stage: str, settings: BaseModel, inputs: dict[str, str], outside: dict[str, Any] | None = None) -> None:
         outside = outside or {}
         known = {step.name: step.fingerprint for step in self.steps}
         fingerprint = json_digest(
