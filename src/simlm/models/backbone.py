@@ -240,12 +240,12 @@ def _build(
         )
     if vocab_size is not None:
         fields.setdefault("vocab_size", vocab_size)
+    known = AutoConfig.for_model(model_type)
     if tokenizer is not None:
         for name in ("pad", "cls", "sep", "bos", "eos"):
             token_id = getattr(tokenizer, f"{name}_token_id", None)
-            if token_id is not None:
+            if token_id is not None and hasattr(known, f"{name}_token_id"):
                 fields.setdefault(f"{name}_token_id", token_id)
-    known = AutoConfig.for_model(model_type)
     for name in fields:
         if not hasattr(known, name) and name not in _OLDER_FIELDS:
             raise ModelError(f"model.config.{name}: a {model_type} configuration has no such field{nearest(name, known.to_dict())}")
