@@ -1,0 +1,153 @@
+"""The masked language model that proposes replacements, and exact sampling from it at low cost.
+
+Source: SimLM, arXiv 2207.02578, section 3.1: an ELECTRA generator, frozen, temperature 1, masked positions only.
+Differs: special tokens are never sampled, so no [MASK], [PAD] or [SEP] can stand inside a passage; the generator never drops out.
+Shapes: B passages, T tokens, M masked positions, H width of the output embeddings, V vocabulary, C rows of a chunk, K blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from simlm.errors import ModelError
+from simlm.losses.language_model import default_chunk_rows, logits_fp32
+from simlm.models.backbone import embed, encoder_of, layer_inputs, lm_features, load_masked_lm, load_tokenizer, run_encoder
+
+BLOCK = 128
+"""Columns whose probabilities are added up before the search; about the square root of a usual vocabulary."""
+
+
+class Generator(nn.Module):
+    """A frozen masked language model; `forward` samples a token for each masked position."""
+
+    never_sampled: Tensor
+
+    def __init__(self, masked_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.masked_lm = masked_lm.requires_grad_(False)
+        self.temperature = temperature
+        self.mask_token_id = require_mask_token(tokenizer)
+        self.num_tokens = len(tokenizer)
+        # Unknown words are part of the text, all other special tokens are not.
+        special = sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
+        self.register_buffer("never_sampled", torch.tensor(special, dtype=torch.int64), persistent=False)
+        self.train(False)
+
+    @classmethod
+    def load(cls, ref: str, tokenizer: PreTrainedTokenizerFast, *, temperature: float = 1.0) -> Generator:
+        """Load a folder or hub id; ModelError if its vocabulary is not that of `tokenizer`, the encoder's."""
+        check_same_vocabulary(ref, tokenizer)
+        return cls(load_masked_lm(ref, vocab_size=len(tokenizer)), tokenizer, temperature=temperature)
+
+    def train(self, mode: bool = True) -> Generator:
+        """Stays in eval mode: a frozen model has nothing to regularise."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids_BT: Tensor,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        positions_M: Tensor,
+        uniforms_M: Tensor,
+    ) -> Tensor:
+        """input_ids_BT with the tokens at positions_M (flat, b * T + t) replaced by samples; the rest as it was.
+
+        The model sees [MASK] at all of positions_M. uniforms_M: in [0, 1), one a position; the sample depends on nothing else.
+        """
+        masked_BT = input_ids_BT.flatten().index_fill(0, positions_M, self.mask_token_id).view_as(input_ids_BT)
+        encoder = encoder_of(self.masked_lm)
+        hidden_BTH = embed(encoder, masked_BT, token_type_ids)
+        hidden_BTH = run_encoder(encoder, hidden_BTH, layer_inputs(encoder, hidden_BTH, attention_mask))
+        features_MH, weight_VH, bias_V = lm_features(self.masked_lm, hidden_BTH.flatten(0, 1).index_select(0, positions_M))
+        samples_M = sample_tokens(
+            features_MH,
+            weight_VH[: self.num_tokens],
+            None if bias_V is None else bias_V[: self.num_tokens],
+            uniforms_M,
+            temperature=self.temperature,
+            excluded=self.never_sampled,
+        )
+        return input_ids_BT.flatten().index_copy(0, positions_M, samples_M).view_as(input_ids_BT)
+
+
+@torch.no_grad()
+def sample_tokens(
+    features_MH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    uniforms_M: Tensor,
+    *,
+    temperature: float = 1.0,
+    excluded: Tensor | None = None,
+    chunk_rows: int | None = None,
+) -> Tensor:
+    """samples_M int64, each drawn from softmax((features_MH @ weight_VH.T + bias_V) / temperature).
+
+    Inverts the cumulative distribution at the row's uniform number, so one random number a row is enough and the sample is exact.
+    The search goes over blocks first: adding up blocks and searching in one costs a fraction of a cumulative sum over all V.
+    excluded: token ids that get probability 0, the others' being scaled up.
+    """
+    rows = chunk_rows or default_chunk_rows(weight_VH)
+    samples = [
+        _invert(torch.softmax(logits_fp32(features_CH, weight_VH, bias_V).div_(temperature), 1), uniforms_C, excluded)
+        for features_CH, uniforms_C in zip(torch.split(features_MH, rows), torch.split(uniforms_M, rows), strict=True)
+    ]
+    return torch.cat(samples) if samples else torch.zeros(0, dtype=torch.int64, device=features_MH.device)
+
+
+def _invert(probabilities_CV: Tensor, uniforms_C: Tensor, excluded: Tensor | None) -> Tensor:
+    """First column whose cumulative probability is above uniform x total; never one of probability 0."""
+    if excluded is not None:
+        probabilities_CV.index_fill_(1, excluded, 0.0)
+    num_entries = probabilities_CV.shape[1]
+    num_whole = num_entries // BLOCK
+    blocks_CK = probabilities_CV[:, : num_whole * BLOCK].reshape(-1, num_whole, BLOCK).sum(-1)
+    tail_C1 = probabilities_CV[:, num_whole * BLOCK :].sum(1, keepdim=True)
+    cumulative_CK = torch.cat([blocks_CK, tail_C1], 1).cumsum(1)
+    target_C1 = _below(uniforms_C.float()[:, None] * cumulative_CK[:, -1:], cumulative_CK[:, -1:])
+    block_C1 = (cumulative_CK <= target_C1).sum(1, keepdim=True)
+    before_C1 = torch.where(block_C1 > 0, cumulative_CK.gather(1, (block_C1 - 1).clamp_min(0)), 0.0)
+
+    columns_CB = block_C1 * BLOCK + torch.arange(BLOCK, device=probabilities_CV.device)
+    inside_CB = probabilities_CV.gather(1, columns_CB.clamp_max(num_entries - 1)).masked_fill(columns_CB >= num_entries, 0.0)
+    cumulative_CB = inside_CB.cumsum(1)
+    rest_C1 = _below(target_C1 - before_C1, cumulative_CB[:, -1:])
+    return block_C1[:, 0] * BLOCK + (cumulative_CB <= rest_C1).sum(1)
+
+
+def _below(value: Tensor, limit: Tensor) -> Tensor:
+    """`value`, but under `limit`: sums of floats in two orders differ in the last digit, and the search must not run off the end."""
+    return torch.minimum(value, torch.nextafter(limit, torch.zeros_like(limit)))
+
+
+def require_mask_token(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Id of the mask token; ModelError if the tokenizer has none."""
+    token_id = tokenizer.mask_token_id
+    if token_id is None:
+        raise ModelError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no mask token, which pre-training and its generator need; "
+            'choose a masked language model\'s tokenizer, or skip = ["pretrain"]'
+        )
+    return int(token_id)
+
+
+def check_same_vocabulary(ref: str, tokenizer: PreTrainedTokenizerFast, *, role: str = "generator", revision: str | None = None) -> None:
+    """ModelError, naming both, unless the tokenizer of model `ref` has exactly the vocabulary of `tokenizer`, the store's."""
+    theirs, ours = load_tokenizer(ref, revision).get_vocab(), tokenizer.get_vocab()
+    if theirs == ours:
+        return
+    different = [token for token in ours.keys() | theirs.keys() if theirs.get(token) != ours.get(token)]
+    example = min(different, key=lambda token: (ours.get(token, len(ours)), token))
+    advice = {
+        "generator": 'Take a generator with the same vocabulary, or generator.source = "train"',
+        "model": "Set prepare.tokenizer to this model, so that the corpus is tokenised with its own vocabulary",
+    }
+    raise ModelError(
+        f"the {role} {ref} has another vocabulary ({len(theirs):,} entries) than the encoder's tokenizer, which made the store "
+        f"({tokenizer.name_or_path}, {len(ours):,} entries): {len(different):,} differ, first {example!r}, "
+        f"id {theirs.get(example)} there and {ours.get(example)} here. {advice[role]}"
+    )
