@@ -103,9 +103,9 @@ def _invert(probabilities_CV: Tensor, uniforms_C: Tensor, excluded: Tensor | Non
     """First column whose cumulative probability is above uniform x total; never one of probability 0."""
     if excluded is not None:
         probabilities_CV.index_fill_(1, excluded, 0.0)
-    num_entries = probabilities_CV.shape[1]
+    num_rows, num_entries = probabilities_CV.shape
     num_whole = num_entries // BLOCK
-    blocks_CK = probabilities_CV[:, : num_whole * BLOCK].reshape(-1, num_whole, BLOCK).sum(-1)
+    blocks_CK = probabilities_CV[:, : num_whole * BLOCK].reshape(num_rows, num_whole, BLOCK).sum(-1)
     tail_C1 = probabilities_CV[:, num_whole * BLOCK :].sum(1, keepdim=True)
     cumulative_CK = torch.cat([blocks_CK, tail_C1], 1).cumsum(1)
     target_C1 = _below(uniforms_C.float()[:, None] * cumulative_CK[:, -1:], cumulative_CK[:, -1:])

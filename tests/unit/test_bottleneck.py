@@ -1,0 +1,72 @@
+"""Nothing but [CLS] connects encoder and decoder."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from simlm.errors import ModelError
+from simlm.models.backbone import encoder_of, layers_of, load_masked_lm
+from simlm.objectives.bottleneck import Bottleneck
+from simlm.recipe import ModelSettings
+from tests.unit.test_backbone import CONFIGS
+
+torch.set_num_threads(1)
+
+
+def bottleneck(family: str, num_decoder_layers: int = 2) -> Bottleneck:
+    settings = ModelSettings(start="scratch", config=CONFIGS[family])
+    return Bottleneck(load_masked_lm(settings, vocab_size=60, dropout=0.0), num_decoder_layers=num_decoder_layers)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_only_cls_reaches_the_decoder(family: str) -> None:
+    model = bottleneck(family)
+    encoder_ids, decoder_ids = torch.randint(5, 60, (2, 3, 11))
+    encoder_hidden, decoder_hidden = model(encoder_ids, decoder_ids)
+    encoder_hidden.retain_grad()
+    (decoder_hidden[:, 1:] ** 2).sum().backward()
+    gradient = encoder_hidden.grad
+    assert gradient is not None
+    assert (gradient[:, 0].abs().sum(-1) > 0).all()
+    assert (gradient[:, 1:] == 0).all()
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_decoder_depends_on_the_encoder_through_its_cls_vector_alone(family: str) -> None:
+    """Two encoder inputs with (forced) equal [CLS] states give equal decoder outputs; gradients to the encoder's layers exist."""
+    model = bottleneck(family)
+    first, second, decoder_ids = torch.randint(5, 60, (3, 2, 9))
+    layer = layers_of(encoder_of(model.masked_lm))[-1]
+
+    def same_cls(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
+        return torch.cat([torch.linspace(-1, 1, output.shape[-1]).expand_as(output[:, :1]), output[:, 1:]], 1)
+
+    different = model(first, decoder_ids)[1], model(second, decoder_ids)[1]
+    assert not torch.allclose(*different)
+    handle = layer.register_forward_hook(same_cls)
+    (encoder_one, decoder_one), (encoder_two, decoder_two) = model(first, decoder_ids), model(second, decoder_ids)
+    handle.remove()
+    assert not torch.allclose(encoder_one, encoder_two)
+    torch.testing.assert_close(decoder_one, decoder_two, rtol=0, atol=0)
+    model(first, decoder_ids)[1].sum().backward()
+    assert all(parameter.grad is not None for parameter in layers_of(encoder_of(model.masked_lm)).parameters())
+
+
+def test_position_0_of_the_decoder_input_is_not_its_own_token() -> None:
+    model = bottleneck("bert")
+    ids = torch.randint(5, 60, (1, 7))
+    other = ids.clone()
+    other[0, 0] = 4
+    torch.testing.assert_close(model(ids, ids)[1], model(ids, other)[1], rtol=0, atol=0)
+
+
+def test_starts_from_copies_of_the_last_layers_and_shares_the_rest() -> None:
+    model = bottleneck("bert")
+    layers = layers_of(encoder_of(model.masked_lm))
+    for own, source in zip(model.decoder.parameters(), layers[-2:].parameters(), strict=True):
+        assert torch.equal(own, source) and own is not source
+    names = {name for name, _ in model.named_parameters()}
+    assert not any("embeddings" in name for name in names if name.startswith("decoder"))
+    with pytest.raises(ModelError, match="decoder_layers"):
+        bottleneck("bert", 9)
