@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,14 @@ def training(**options: Any) -> TrainingSettings:
 def retriever_settings(kind: type[RetrieverSettings] = RetrieverSettings, **options: Any) -> Any:
     shared = {"initial": "start", "model": MODEL, "queries_per_step": 4, "group_size": 3, "micro_batch_tokens": 400, "training": training()}
     return kind(**(shared | options))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collection() -> Iterator[None]:
+    """accelerate collects garbage at each start; what the imports have left is not looked through again."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

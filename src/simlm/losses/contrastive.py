@@ -9,7 +9,7 @@ Shapes: Q queries (this device's), A queries of all devices, P passages of all d
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (its name everywhere)
+import torch.nn.functional as F
 from torch import Tensor
 
 from simlm.errors import ShapeError

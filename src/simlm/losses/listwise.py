@@ -7,7 +7,7 @@ Shapes: Q queries, G passages of a query's list.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (its name everywhere)
+import torch.nn.functional as F
 from torch import Tensor
 
 from simlm.errors import ShapeError

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from simlm.data.batches import collate, length_batches
 from simlm.data.groups import TrainingGroups, share_of_rank
 from simlm.data.store import Store, Table
-from simlm.losses.contrastive import group_scores, info_nce, info_nce_all_pairs
+from simlm.losses.contrastive import group_scores, info_nce, info_nce_all_pairs, query_to_passages
 from simlm.losses.distillation import distillation_kl, teacher_entropy
 from simlm.rankings import Ints
 from simlm.recipe import DistillSettings, RetrieverSettings
@@ -156,5 +156,5 @@ class ContrastiveTask(nn.Module):
 
 @torch.no_grad()
 def _accuracy(queries_QD: Tensor, passages_PD: Tensor, positives_Q: Tensor, excluded_QP: Tensor) -> Tensor:
-    scores_QP = (queries_QD.detach() @ passages_PD.detach().T).masked_fill(excluded_QP, -torch.inf)
+    scores_QP = query_to_passages(queries_QD, passages_PD, temperature=1.0, excluded_QP=excluded_QP)
     return (scores_QP.argmax(dim=1) == positives_Q).float().mean()
