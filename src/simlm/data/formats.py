@@ -67,16 +67,22 @@ def open_binary(path: Path) -> Iterator[BinaryIO]:
         raw = path.open("rb")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path in [data]") from None
-    with raw:
-        start = raw.peek(4)[:4]
-        if start.startswith(b"\x1f\x8b"):
-            with gzip.open(raw) as unpacked:
-                yield cast("BinaryIO", unpacked)
-        elif start == b"\x28\xb5\x2f\xfd":
-            with io.BufferedReader(_ZstdFile(raw, path), 1 << 20) as zstd:
-                yield cast("BinaryIO", zstd)
-        else:
-            yield raw
+    with raw, unpack(raw, path) as file:
+        yield file
+
+
+@contextmanager
+def unpack(raw: io.BufferedReader, path: Path) -> Iterator[BinaryIO]:
+    """The same bytes decompressed; `raw.tell()` says how much of the packed file has been read."""
+    start = raw.peek(4)[:4]
+    if start.startswith(b"\x1f\x8b"):
+        with gzip.open(raw) as unpacked:
+            yield cast("BinaryIO", unpacked)
+    elif start == b"\x28\xb5\x2f\xfd":
+        with io.BufferedReader(_ZstdFile(raw, path), 1 << 20) as zstd:
+            yield cast("BinaryIO", zstd)
+    else:
+        yield raw
 
 
 def read_lines(path: Path, bad: BadRecords) -> Iterator[tuple[int, str]]:

@@ -476,10 +476,10 @@ def _built_in(package: str) -> Iterator[tuple[str, str]]:
         import numpy
 
         namespace: dict[str, object] = dict(vars(numpy))
-        for name in sorted(namespace):
-            value = namespace[name]
-            if isinstance(value, numpy.ufunc) and isinstance(value.__doc__, str) and not name.startswith("_"):
-                yield f"numpy.{name}", value.__doc__
+        for name, value in sorted(namespace.items()):
+            text = _documentation(value)
+            if type(value).__name__ == "ufunc" and text and not name.startswith("_"):
+                yield f"numpy.{name}", text
 
 
 def _members(namespace: dict[str, object], prefix: str) -> Iterator[tuple[str, str]]:
@@ -488,11 +488,16 @@ def _members(namespace: dict[str, object], prefix: str) -> Iterator[tuple[str, s
         if name.startswith("_") or inspect.ismodule(value) or not (callable(value) or inspect.isdatadescriptor(value)):
             continue
         qualified = f"{prefix}.{name}" if prefix else name
-        text = getattr(value, "__doc__", None)
-        if isinstance(text, str) and _encodable(text):
+        text = _documentation(value)
+        if text:
             yield qualified, text
         if inspect.isclass(value) and prefix.count(".") < 1:
             yield from _members(dict(vars(value)), qualified)
+
+
+def _documentation(value: object) -> str | None:
+    text = getattr(value, "__doc__", None)
+    return text if isinstance(text, str) and _encodable(text) else None
 
 
 if __name__ == "__main__":
