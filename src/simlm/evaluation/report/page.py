@@ -94,7 +94,7 @@ def markdown_text(text: str) -> str:
     one_line = re.sub(r"\s+", " ", str(text)).strip().replace("&", "&amp;").replace("<", "&lt;")
     one_line = re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", one_line)
     # What would start a list, a quotation or a rule at the start of a line.
-    return re.sub(r"^([-+>=]|\d+(?=[.)]))", lambda match: match[0] + "\\" if match[0].isdigit() else "\\" + match[0], one_line)
+    return re.sub(r"^([-+>=]|\d+(?=[.)](\s|$)))", lambda match: match[0] + "\\" if match[0].isdigit() else "\\" + match[0], one_line)
 
 
 def _environment(*, autoescape: bool) -> Environment:
