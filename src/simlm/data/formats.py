@@ -32,18 +32,25 @@ _SHOWN = 60
 
 
 class BadRecords:
-    """What to do with a record that cannot be used: `on_bad` "error" stops with its place, "skip" counts it by reason."""
+    """What to do with a record that cannot be used: `on_bad` "error" stops with its place, "skip" counts it by reason.
+
+    A place counts once for a reason, however often the file is read.
+    """
 
     def __init__(self, on_bad: Literal["error", "skip"] = "error", *, keep: int = 10) -> None:
         self.on_bad = on_bad
         self.counts: Counter[str] = Counter()
         self.examples: list[str] = []
         self._keep = keep
+        self._seen: set[tuple[str, str]] = set()
 
     def report(self, where: str, reason: str, message: str) -> None:
         """Note a bad record. Raises DataError unless bad records are skipped."""
         if self.on_bad == "error":
             raise DataError(f'{where}: {message} (data.on_bad_record = "skip" leaves such records out and counts them)')
+        if (where, reason) in self._seen:
+            return
+        self._seen.add((where, reason))
         self.counts[reason] += 1
         if len(self.examples) < self._keep:
             self.examples.append(f"{where}: {message}")

@@ -266,7 +266,7 @@ class TableLoader(FileLoader):
                 )
             if guessed[key] == ROW_NUMBER and self.settings.fields.get(key) != ROW_NUMBER:
                 raise DataError(
-                    f'{file}: no field of the usual names for the id, it has {have}; name it: fields = {{ {key} = "..." }}, '
+                    f'{file}: no field of a usual name for the id, it has {have}; name it: fields = {{ {key} = "..." }}, '
                     f'or number the rows: fields = {{ {key} = "{ROW_NUMBER}" }}'
                 )
             self._names[file] = guessed

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from simlm.errors import DataError, nearest
 
@@ -482,7 +483,7 @@ def _built_in(package: str) -> Iterator[tuple[str, str]]:
                 yield f"numpy.{name}", text
 
 
-def _members(namespace: dict[str, object], prefix: str) -> Iterator[tuple[str, str]]:
+def _members(namespace: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
     for name in sorted(namespace):
         value = namespace[name]
         if name.startswith("_") or inspect.ismodule(value) or not (callable(value) or inspect.isdatadescriptor(value)):
