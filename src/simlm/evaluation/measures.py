@@ -34,6 +34,8 @@ DEFAULT_MEASURES = ("RR@10", "nDCG@10", "R@50", "R@100", "R@1000")
 # Queries turned into trec_eval's dictionaries at once: bounds memory at depth 1000 to some 50 MB.
 _CHUNK_QUERIES = 512
 
+_BLANK = re.compile(r"\s")
+
 Floats = NDArray[np.float64]
 
 
@@ -371,9 +373,9 @@ def _strictly_falling(scores: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _trec_id(name: str) -> str:
-    if len(name.split()) == 1 and name == name.strip():
+    if _BLANK.search(name) is None:
         return name
-    return re.sub(r"\s", lambda match: "".join(f"%{byte:02X}" for byte in match[0].encode()), name)
+    return _BLANK.sub(lambda match: "".join(f"%{byte:02X}" for byte in match[0].encode()), name)
 
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from simlm.stages import Context
 # 12 MB a row. The Run artifacts hold everything.
 _TREC_LINES = 250_000
 _TREC_DEPTH = 100
+_CACHED_IDS = 200_000
 
 
 def run(settings: EvaluateSettings, inputs: dict[str, Path], context: Context) -> None:
@@ -30,7 +32,7 @@ def run(settings: EvaluateSettings, inputs: dict[str, Path], context: Context) -
     steps = read_steps({role.removeprefix("step."): path for role, path in inputs.items() if role.startswith("step.")})
     artifacts = {role.removeprefix("run."): open_artifact(path, "run") for role, path in inputs.items() if role.startswith("run.")}
     rows, missing = [], []
-    for name, artifact in context.progress.track(list(artifacts.items()), "reading runs", unit="run"):
+    for name, artifact in artifacts.items():
         if (artifact.path / settings.split).is_dir():
             parts = _parts(artifact, artifacts, steps)
             rows.append(Row(name, Run.load(artifact.path, settings.split), artifact.manifest.facts, parts))
@@ -40,6 +42,7 @@ def run(settings: EvaluateSettings, inputs: dict[str, Path], context: Context) -
         missing.append(
             "There are no training queries, so no retriever was trained: add queries and judgements for train and run the recipe again."
         )
+    context.progress.say(f"measuring {len(rows)} runs on the {settings.split} queries")
     run_folder = context.builder.path.resolve().parent
     results = measure_rows(rows, store, settings, name=run_folder.name, seed=context.seed, missing=missing)
     trec_depth = _write_trec(context.work, rows, store, settings, len(results.query_rows))
@@ -80,6 +83,7 @@ def _write_trec(folder: Path, rows: list[Row], store: Store, settings: EvaluateS
             for passage, grade in grades.items()
         ),
     )
+    passage_id = functools.lru_cache(_CACHED_IDS)(passages.ids.__getitem__)
     (folder / "runs").mkdir(exist_ok=True)
     depth = max(_TREC_DEPTH, _TREC_LINES // max(1, num_queries))
     cut = False
@@ -87,7 +91,7 @@ def _write_trec(folder: Path, rows: list[Row], store: Store, settings: EvaluateS
 
         def lines(ranked: Run = row.run) -> Iterator[tuple[str, list[str], list[float]]]:
             for query, passage_rows, scores in ranked:
-                yield queries.ids[query], [passages.ids[int(passage)] for passage in passage_rows[:depth]], scores[:depth].tolist()
+                yield queries.ids[query], [passage_id(row) for row in passage_rows[:depth].tolist()], scores[:depth].tolist()
 
         write_trec_run(folder / "runs" / f"{row.name}.trec", lines(), tag=f"simlm-{row.name}")
         cut = cut or any(len(passage_rows) > depth for _, passage_rows, _ in row.run)
