@@ -1,7 +1,7 @@
 """Indexes: passage vectors or terms, searched for the best `depth` of each query.
 
-A row of the table is all that a new index type needs: its class opens `index.json` and its files with `cls(folder, info)`, `build` writes them.
-Building is a classmethod: `build(vectors_or_texts, folder, ...) -> dict` with what goes into `index.json`.
+A new index type is one class and one row of the table: `cls(folder, info)` opens the files
+that the classmethod `build(vectors_or_texts, folder, ...)` wrote; `info` is what that returned, kept in `index.json`.
 """
 
 from __future__ import annotations

@@ -68,7 +68,8 @@ class Analyzer:
         """Terms in the order of the text, repetitions included; empty for a text without letters or digits."""
         if not text.isascii():
             text = unicodedata.normalize("NFKC", text)
-        known, found = self._known, []
+        found: list[str] = []
+        known = self._known
         for word in self._words.findall(text.lower()):
             terms = known.get(word)
             if terms is None:
