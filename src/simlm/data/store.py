@@ -66,16 +66,17 @@ class IdColumn:
         return (self[row] for row in range(len(self)))
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and self._find(name) is not None
+        return isinstance(name, str) and self.find(name) is not None
 
     def row(self, name: str) -> int:
         """Row of an id; KeyError if the table has no such id."""
-        found = self._find(name)
+        found = self.find(name)
         if found is None:
             raise KeyError(name)
         return found
 
-    def _find(self, name: str) -> int | None:
+    def find(self, name: str) -> int | None:
+        """Row of an id, None if the table has no such id."""
         wanted = np.uint64(id_hash(name))
         position = int(np.searchsorted(self._hashes, wanted))
         while position < len(self._hashes) and self._hashes[position] == wanted:
