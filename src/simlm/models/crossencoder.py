@@ -7,14 +7,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from simlm.artifacts import write_json
+from simlm.artifacts import disk_error, write_json
 from simlm.errors import ModelError
-from simlm.models.backbone import load_classifier, quiet, resolve_model
-from simlm.models.biencoder import SIMLM_FILE, read_simlm
+from simlm.models.backbone import has_fresh_head, load_classifier, quiet, takes_token_types
+from simlm.models.biencoder import check_positions
+from simlm.models.model_folder import SIMLM_FILE, read_model_folder, save_tokenizer
 from simlm.recipe import ModelSettings
+
+
+class _Float32Linear(nn.Linear):
+    """A layer that computes in float32 whatever surrounds it: a logit of 8 in bf16 is known to 0.03 only."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.float())
 
 
 class CrossEncoder(nn.Module):
@@ -26,26 +36,39 @@ class CrossEncoder(nn.Module):
             raise ModelError(
                 f"a re-ranker has one label, this checkpoint has {classifier.config.num_labels}; start from an encoder without a head"
             )
+        outputs = [module for module in classifier.modules() if isinstance(module, nn.Linear) and module.out_features == 1]
+        outputs[-1].__class__ = _Float32Linear
         self.classifier = classifier
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None) -> Tensor:
         """float32 [B]: the higher the more relevant; comparable within a query only."""
-        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        types = {"token_type_ids": token_type_ids} if takes_token_types(self.classifier) else {}
         logits_B1: Tensor = self.classifier(input_ids=input_ids, attention_mask=attention_mask, **types).logits
         return logits_B1.squeeze(-1).float()
 
-    def save(self, folder: Path, tokenizer: PreTrainedTokenizerFast, *, max_pair_tokens: int) -> None:
-        """Write a folder that CrossEncoder (raw logits), AutoModelForSequenceClassification, AutoModel and `load` read."""
-        from sentence_transformers import CrossEncoder as SentenceCrossEncoder
-        from torch.nn import Identity
+    def save(self, folder: Path | str, tokenizer: PreTrainedTokenizerFast, *, max_pair_tokens: int) -> None:
+        """Write a folder that CrossEncoder (raw logits), AutoModelForSequenceClassification, AutoModel and `load` read.
 
-        folder.mkdir(parents=True, exist_ok=True)
-        with quiet():
-            self.classifier.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            model = SentenceCrossEncoder(str(folder), max_length=max_pair_tokens, activation_fn=Identity(), device="cpu")
-            model.save_pretrained(str(folder), create_model_card=False)
-        write_json(folder / SIMLM_FILE, {"role": "reranker", "max_pair_tokens": max_pair_tokens})
+        Raises ModelError if `max_pair_tokens` is more than the model has positions, DiskError if the folder cannot be written.
+        """
+        folder = Path(folder)
+        check_positions(self.classifier, max_pair_tokens, str(folder))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with quiet():
+                self.classifier.save_pretrained(folder)
+                save_tokenizer(folder, tokenizer, token_types=takes_token_types(self.classifier))
+                self._save_modules(folder, max_pair_tokens)
+            write_json(folder / SIMLM_FILE, {"role": "reranker", "max_pair_tokens": max_pair_tokens})
+        except OSError as error:
+            raise disk_error(error, folder) from error
+
+    def _save_modules(self, folder: Path, max_pair_tokens: int) -> None:
+        """Let sentence-transformers write its own files: what it writes it reads."""
+        from sentence_transformers import CrossEncoder as SentenceCrossEncoder
+
+        model = SentenceCrossEncoder(str(folder), max_length=max_pair_tokens, activation_fn=nn.Identity(), device="cpu")
+        model.save_pretrained(str(folder), create_model_card=False)
 
     @classmethod
     def from_encoder(
@@ -63,10 +86,16 @@ class CrossEncoder(nn.Module):
         return cls(load_classifier(ref, seed=seed, dropout=dropout, tokenizer=tokenizer))
 
     @classmethod
-    def load(cls, folder: str | Path) -> CrossEncoder:
-        """A trained re-ranker, ours or another one-label cross-encoder. ModelError if the folder is another role's."""
-        resolved = resolve_model(str(folder))
-        role = read_simlm(Path(resolved)).get("role", "reranker")
-        if role != "reranker":
-            raise ModelError(f"{resolved}: this is a {role}, a reranker was expected; give the folder of a train_reranker step")
-        return cls(load_classifier(resolved))
+    def load(cls, ref: str | Path | ModelSettings, *, dropout: float | None = None) -> CrossEncoder:
+        """A trained re-ranker, ours or another one-label cross-encoder (path or hub id).
+
+        Raises ModelError if it is another role's, has no trained head, or one of another number of labels.
+        """
+        settings = ref if isinstance(ref, ModelSettings) else ModelSettings(start=str(ref))
+        role = read_model_folder(settings.start, settings.revision).role
+        if role not in (None, "reranker"):
+            raise ModelError(f"{settings.start}: this is a {role}, a reranker was expected; give the folder of a train_reranker step")
+        classifier = load_classifier(settings, dropout=dropout)
+        if has_fresh_head(classifier):
+            raise ModelError(f"{settings.start}: an encoder without a trained re-ranking head; give the folder of a train_reranker step")
+        return cls(classifier)

@@ -1,50 +1,12 @@
-"""Where mixed precision pays, and the context that computes in it.
-
-bf16 is "fast" where the processor multiplies bf16 matrices itself: CUDA devices from compute capability 8, x86 with AVX512-BF16 or
-AMX, ARM with the bf16 extension. Elsewhere it is emulated, and slower than fp32.
-"""
+"""Mixed precision in training: the device, whether bf16 pays there, and the context that computes in it."""
 
 from __future__ import annotations
 
-from functools import cache
-from pathlib import Path
-from typing import Literal
-
 import torch
 
-_CPU_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
-"""As /proc/cpuinfo names them: the first two on x86, the last on ARM."""
+from simlm.models.precision import best_device, cpu_has_bf16, resolve_bf16
 
-
-@cache
-def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """True where the processor has bf16 matrix products; False where the system does not say (anything but Linux)."""
-    try:
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return False
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name.strip().lower() in ("flags", "features"):
-            return not _CPU_FLAGS.isdisjoint(value.split())
-    return False
-
-
-def resolve_bf16(wanted: bool | Literal["auto"], device_type: str) -> bool:
-    """Whether to compute in bf16 on a device ("cpu", "cuda" ...); "auto" = where it is fast."""
-    if wanted != "auto":
-        return wanted
-    if device_type == "cpu":
-        return cpu_has_bf16()
-    return device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def training_device(use_cpu: bool = False) -> torch.device:
-    """The device that training uses: CUDA where there is one (not with `use_cpu`), else whatever accelerator torch sees, else the CPU."""
-    if use_cpu or not torch.accelerator.is_available():
-        return torch.device("cpu")
-    accelerator = torch.accelerator.current_accelerator()
-    return accelerator if accelerator is not None else torch.device("cpu")
+training_device = best_device
 
 
 def autocast(device_type: str, bf16: bool) -> torch.autocast:
@@ -53,3 +15,6 @@ def autocast(device_type: str, bf16: bool) -> torch.autocast:
     The cache of cast weights is off: with it the gradients of all pieces of a step that share a cast weight would add up in bf16.
     """
     return torch.autocast(device_type, dtype=torch.bfloat16, enabled=bf16, cache_enabled=False)
+
+
+__all__ = ["autocast", "cpu_has_bf16", "resolve_bf16", "training_device"]

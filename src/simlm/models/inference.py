@@ -1,0 +1,59 @@
+"""Models at work: batches through a bi-encoder or cross-encoder without gradients, on one device, in fp32 or bf16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from simlm.errors import ModelError
+from simlm.models.precision import Precision, best_device, resolve_bf16
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+Batches = Iterable[tuple[Ints, dict[str, Tensor]]]
+"""Positions of a batch's rows in the results, and the model's inputs."""
+
+
+class Inference:
+    """A model in evaluation mode on its device. In bf16 its weights are converted once; results are float32 all the same."""
+
+    def __init__(self, model: nn.Module, *, precision: Precision = "fp32", device: str | torch.device | None = None) -> None:
+        self.device = torch.device(device) if device is not None else best_device()
+        bf16 = resolve_bf16("auto" if precision == "auto" else precision == "bf16", self.device.type)
+        self.precision: Precision = "bf16" if bf16 else "fp32"
+        self.model = model.to(device=self.device, dtype=torch.bfloat16 if bf16 else torch.float32).eval()
+
+    def run(self, batches: Batches, results: Floats, *, name: Callable[[int], str] = "input {}".format) -> None:
+        """Write the model's output for each batch into `results` [N, ...] at the batch's positions.
+
+        name: what the error calls a position. Raises ModelError if an output is not finite.
+        """
+        outputs: list[tuple[Ints, Tensor]] = []
+        with torch.inference_mode():
+            for positions, tensors in batches:
+                needed = without_full_mask(tensors)
+                moved = {key: tensor.to(self.device, non_blocking=True) for key, tensor in needed.items()}
+                outputs.append((positions, self.model(**moved)))
+        # Copied back at the end, so that an accelerator never waits for the next batch.
+        for positions, output in outputs:
+            results[positions] = output.cpu().numpy()
+        rows = results.reshape(len(results), -1)
+        if not np.isfinite(rows).all():
+            number = int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
+            raise ModelError(
+                f'the model\'s output for {name(number)} is not finite; use precision = "fp32" if this was bf16, '
+                "else its weights are damaged: train it again"
+            )
+
+
+def without_full_mask(tensors: dict[str, Any]) -> dict[str, Any]:
+    """The same model inputs without the attention mask where it hides nothing, which is faster."""
+    mask = tensors.get("attention_mask")
+    if mask is None or not bool(mask.all()):
+        return tensors
+    return {name: tensor for name, tensor in tensors.items() if name != "attention_mask"}
