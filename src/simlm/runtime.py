@@ -44,6 +44,32 @@ def release_memory() -> None:
             trim(0)
 
 
+class MemoryBound:
+    """Keeps what `tune_allocator` holds back within bounds: call it once a step or batch.
+
+    Blocks of ever new sizes leave holes in a heap that is never trimmed (a generator of 16 MB of weights was seen to grow to 5.7 GB in
+    92 steps). Whenever the resident set has grown by `slack_bytes` since the last time, freed pages go back to the system.
+    """
+
+    def __init__(self, slack_bytes: int = 2**30) -> None:
+        self.slack_bytes = slack_bytes
+        self.floor_bytes = resident_bytes()
+
+    def __call__(self) -> None:
+        if resident_bytes() > self.floor_bytes + self.slack_bytes:
+            release_memory()
+            self.floor_bytes = resident_bytes()
+
+
+def resident_bytes() -> int:
+    """Resident set of this process; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among those that work on one recipe together."""

@@ -34,6 +34,7 @@ from simlm.artifacts import disk_error, write_json
 from simlm.errors import DiskError, RecipeError, TrainingError
 from simlm.progress import Progress
 from simlm.recipe import TrainingSettings
+from simlm.runtime import MemoryBound
 from simlm.training.callbacks import LastStep, ProgressBar, TrainingLog
 from simlm.training.precision import resolve_bf16, training_device
 
@@ -233,6 +234,7 @@ class SimlmTrainer(transformers.Trainer):  # type: ignore[misc, unused-ignore]
             "rank of torchrun and of context differ"
         )
         self._sums: dict[str, Tensor] = {}
+        self._bound_memory = MemoryBound()
         self._first_bad_step = torch.full((2,), _NEVER, dtype=torch.int64, device=self.args.device)  # of the loss, of the gradient
         self._resumed_sums: dict[str, Any] = {}
 
@@ -287,6 +289,7 @@ class SimlmTrainer(transformers.Trainer):  # type: ignore[misc, unused-ignore]
             for name, value in outputs.items():
                 self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value.detach().float()
         self._note_finite(0, total, step)
+        self._bound_memory()
         return total
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
