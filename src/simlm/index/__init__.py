@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, Protocol
 from simlm.artifacts import open_artifact
 from simlm.errors import ArtifactError, RecipeError, nearest
 from simlm.index.results import Results
+from simlm.index.vectors import filled_options
 
 INFO = "index.json"
 
@@ -30,9 +31,11 @@ class Index(Protocol):
     """An opened index.
 
     takes: "vectors" = float32 [Q, D] of unit length, "text" = a list of strings. info: the contents of `index.json`.
+    OPTIONS: option of the recipe -> (default, smallest value).
     """
 
     takes: ClassVar[Literal["vectors", "text"]]
+    OPTIONS: ClassVar[dict[str, tuple[int, int]]]
     folder: Path
     info: dict[str, Any]
 
@@ -51,6 +54,11 @@ def index_class(name: str) -> Any:
         raise RecipeError(f"unknown index type {name!r}{nearest(name, INDEXES)} (known: {', '.join(INDEXES)})")
     module, _, attribute = INDEXES[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def check_options(name: str, options: dict[str, Any]) -> None:
+    """Raise RecipeError unless the options are ones that this type of index has; for checking a recipe before any work."""
+    filled_options(name, options, index_class(name).OPTIONS)
 
 
 def open_index(path: Path | str) -> Index:
@@ -73,4 +81,4 @@ def load_index(path: Path | str) -> Index:
     return open_index(path)
 
 
-__all__ = ["INDEXES", "Index", "Results", "index_class", "load_index", "open_index"]
+__all__ = ["INDEXES", "Index", "Results", "check_options", "index_class", "load_index", "open_index"]

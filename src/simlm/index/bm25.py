@@ -22,6 +22,7 @@ class BM25Index:
     """Queries are strings. A passage that shares no term with the query is no result."""
 
     takes: ClassVar[Literal["text"]] = "text"
+    OPTIONS: ClassVar[dict[str, tuple[int, int]]] = {}
 
     def __init__(self, folder: Path, info: dict[str, Any]) -> None:
         import bm25s

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from simlm.errors import RecipeError, ShapeError, nearest
 from simlm.index.results import NO_ROW, Results
+from simlm.index.vectors import checked_queries, filled_options, open_vectors, vector_facts
 from simlm.rankings import Floats
 
 if TYPE_CHECKING:
@@ -34,11 +33,12 @@ class FlatIndex:
     """Queries are float32 [Q, D] of unit length. Vectors are stored as float32 or float16; scores are computed in float32."""
 
     takes: ClassVar[Literal["vectors"]] = "vectors"
+    OPTIONS: ClassVar[dict[str, tuple[int, int]]] = {}
 
     def __init__(self, folder: Path, info: dict[str, Any]) -> None:
         self.folder = folder
         self.info = info
-        self.vectors_ND: NDArray[np.floating[Any]] = np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
+        self.vectors_ND = open_vectors(folder / VECTORS)
 
     def __len__(self) -> int:
         return len(self.vectors_ND)
@@ -75,14 +75,15 @@ class FlatIndex:
     @classmethod
     def build(cls, vectors: Path, folder: Path, *, options: dict[str, Any], seed: int) -> dict[str, Any]:
         """Link the vectors into `folder` (copy them where the file system cannot link); seed is not used, nothing is random."""
-        check_options("flat", options, {})
+        filled_options("flat", options, cls.OPTIONS)
+        vectors_ND = open_vectors(vectors)
         place = folder / VECTORS
         place.unlink(missing_ok=True)
         try:
             os.link(vectors, place)
         except OSError:
             shutil.copyfile(vectors, place)
-        return vector_facts(vectors)
+        return vector_facts(vectors_ND) | {"dtype": str(vectors_ND.dtype)}
 
 
 def _merge(best_QK: Tensor, rows_QK: Tensor, scores_QP: Tensor, start: int) -> tuple[Tensor, Tensor]:
@@ -106,30 +107,3 @@ def _merge(best_QK: Tensor, rows_QK: Tensor, scores_QP: Tensor, start: int) -> t
     depth = best_QK.shape[1]
     rows = torch.cat([rows_QK, new_rows_QW], dim=1).gather(1, order[:, :depth])
     return best[:, :depth].contiguous(), rows
-
-
-def checked_queries(queries_QD: Floats, dim: int) -> Floats:
-    """The queries as contiguous float32; ShapeError unless they are [Q, dim]."""
-    queries = np.ascontiguousarray(queries_QD, dtype=np.float32)
-    if queries.ndim != 2 or queries.shape[1] != dim:
-        raise ShapeError(f"queries of shape {queries.shape} for an index of dimension {dim}; [Q, {dim}] was expected")
-    return queries
-
-
-def vector_facts(vectors: Path) -> dict[str, Any]:
-    """What `index.json` says of the vectors; ShapeError unless the file holds [N, D]."""
-    array = np.load(vectors, mmap_mode="r", allow_pickle=False)
-    if array.ndim != 2 or array.dtype not in (np.float32, np.float16):
-        raise ShapeError(f"{vectors}: {array.dtype} of shape {array.shape}; float32 or float16 [N, D] was expected")
-    return {"count": int(array.shape[0]), "dim": int(array.shape[1]), "dtype": str(array.dtype)}
-
-
-def check_options(name: str, given: dict[str, Any], known: dict[str, int]) -> dict[str, int]:
-    """The options with defaults filled in; RecipeError for an unknown name or for what is not a whole number of 0 or more."""
-    for key, value in given.items():
-        if key not in known:
-            listed = f"known: {', '.join(known)}" if known else "it has none"
-            raise RecipeError(f"index.options.{key}: unknown option of a {name} index{nearest(key, known)} ({listed})")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise RecipeError(f"index.options.{key}: found {value!r}; a whole number of 0 or more was expected")
-    return {**known, **given}

@@ -11,7 +11,7 @@ import numpy as np
 from simlm.artifacts import open_artifact, read_manifest, write_json
 from simlm.data.store import Store, Table
 from simlm.errors import ArtifactError
-from simlm.index import INFO, index_class
+from simlm.index import INFO, check_options, index_class
 from simlm.recipe import IndexSettings
 from simlm.stages import Context
 
@@ -23,6 +23,7 @@ def run(settings: IndexSettings, inputs: dict[str, Path], context: Context) -> N
     store = Store.open(inputs["store"])
     count = len(store.passages)
     kind = index_class(settings.type)
+    check_options(settings.type, settings.options)
     if settings.type == "bm25":
         info = kind.build(PassageTexts(store.passages), context.work, k1=settings.k1, b=settings.b, language=settings.language)
     else:
