@@ -1,137 +1,141 @@
-"""The retriever: texts -> vectors of unit length, whose inner product is the cosine that search ranks by.
-
-The same vectors as the encode stage makes from the token store, and as SentenceTransformer(folder) makes of the texts (a passage with a
-title is the pair (title, text) there). Shapes: Q queries, P passages, D embedding dim.
-"""
+"""The retriever of Python users: texts in, vectors out."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
-from simlm.errors import DataError
-from simlm.models.backbone import load_tokenizer, max_positions, resolve_model
-from simlm.models.biencoder import BiEncoder, read_simlm
-from simlm.models.inference import Floats, Inference
+from simlm.errors import DataError, ModelError
+from simlm.models.backbone import load_tokenizer, max_positions
+from simlm.models.biencoder import BiEncoder, check_positions
+from simlm.models.inference import Floats, Inference, Ints
+from simlm.models.model_folder import read_model_folder
 from simlm.models.precision import Precision
 from simlm.models.text_batches import Text, TextTokenizer, batches, checked_texts
-from simlm.recipe import ModelSettings
+from simlm.progress import Progress
+from simlm.recipe import EncodeSettings, ModelSettings
 from simlm.types import Passage
 
-BATCH_TOKENS = 8192
-"""Padded tokens encoded at once."""
-CHUNK_TEXTS = 8192
-"""Texts tokenised and sorted by length at once: memory does not grow with their number."""
+CHUNK = 8192
+"""Texts tokenised at a time, and sorted by length among themselves."""
+DEFAULT_TOKENS = 512
+"""Longest text where neither folder nor configuration names a limit."""
 
 
 def load_retriever(
-    path: str | Path | ModelSettings, *, precision: Precision = "fp32", device: str | None = None, batch_tokens: int = BATCH_TOKENS
+    path: str | Path | ModelSettings,
+    *,
+    precision: Precision = "fp32",
+    device: str | torch.device | None = None,
+    max_query_tokens: int | None = None,
+    max_passage_tokens: int | None = None,
+    batch_tokens: int | None = None,
 ) -> Retriever:
-    """The retriever in a folder of a train_retriever or distill step, a sentence-transformers folder, or a bare encoder's.
+    """A retriever to encode queries and passages with.
 
-    path: a folder, a hub id, or "packaged:all-MiniLM-L6-v2". precision: "auto" = bf16 where the processor has it.
-    Raises ModelError if the folder is another role's, or damaged.
+    path: a retriever made by simlm, a sentence-transformers folder of one encoder, or a bare encoder; a folder, a hub id or
+    "packaged:all-MiniLM-L6-v2"; or the model section of a recipe.
+    precision: "fp32" gives the vectors that SentenceTransformer(path) gives; "auto" computes in bf16 where the processor has it.
+    max_query_tokens, max_passage_tokens: None = what the model was trained with. batch_tokens: padded tokens encoded at once.
+    Raises ModelError if there is no model, or it is a re-ranker or generator.
     """
     settings = path if isinstance(path, ModelSettings) else ModelSettings(start=str(path))
+    found = read_model_folder(settings.start, settings.revision)
+    if found.role == "reranker":
+        raise ModelError(f"{settings.start}: this is a re-ranker, which scores pairs and makes no vectors; use load_reranker")
     model = BiEncoder.load(settings)
-    tokenizer = load_tokenizer(settings.start, settings.revision)
-    longest = _longest(model, tokenizer.model_max_length)
-    folder = Path(resolve_model(settings.start))
-    facts = read_simlm(folder)
-    own = _own_maximum(folder) or longest
+    positions = max_positions(model.encoder) or DEFAULT_TOKENS
+    lengths = [
+        wanted or min(own or positions, positions)
+        for wanted, own in ((max_query_tokens, found.max_query_tokens), (max_passage_tokens, found.max_passage_tokens))
+    ]
+    check_positions(model.encoder, max(lengths), settings.start)
     return Retriever(
         model,
-        TextTokenizer(tokenizer),
-        max_query_tokens=min(int(facts.get("max_query_tokens", own)), longest),
-        max_passage_tokens=min(int(facts.get("max_passage_tokens", own)), longest),
-        inference=Inference(model, precision=precision, device=device),
+        load_tokenizer(settings.start, settings.revision),
+        max_query_tokens=lengths[0],
+        max_passage_tokens=lengths[1],
+        precision=precision,
+        device=device,
         batch_tokens=batch_tokens,
     )
 
 
 class Retriever:
-    """A bi-encoder with its tokenizer. max_query_tokens, max_passage_tokens: where texts are cut, special tokens included."""
+    """Encodes queries and passages into vectors of unit length, whose inner product is the similarity (cosine)."""
 
     def __init__(
         self,
         model: BiEncoder,
-        tokenizer: TextTokenizer,
+        tokenizer: PreTrainedTokenizerFast,
         *,
         max_query_tokens: int,
         max_passage_tokens: int,
-        inference: Inference,
-        batch_tokens: int = BATCH_TOKENS,
+        precision: Precision = "fp32",
+        device: str | torch.device | None = None,
+        batch_tokens: int | None = None,
     ) -> None:
+        self.inference = Inference(model, precision=precision, device=device)
         self.dim = model.dim
-        self.tokenizer = tokenizer
         self.max_query_tokens = max_query_tokens
         self.max_passage_tokens = max_passage_tokens
-        self.inference = inference
-        self.batch_tokens = batch_tokens
+        self.batch_tokens = batch_tokens or EncodeSettings().batch_tokens
+        self._tokenizer = TextTokenizer(tokenizer)
 
-    def encode_queries(self, queries: Iterable[str]) -> Floats:
-        """float32 [Q, D], unit length, in the order given. DataError if one is not a string."""
-        return self._encode(checked_texts(queries, "queries"), self.max_query_tokens)
+    @property
+    def precision(self) -> Precision:
+        """What "auto" came to: fp32 or bf16."""
+        return self.inference.precision
 
-    def encode_passages(self, passages: Iterable[str | tuple[str, str] | Passage]) -> Floats:
-        """float32 [P, D], unit length, in the order given.
+    def encode_queries(self, queries: Sequence[str], *, progress: bool = False) -> Floats:
+        """float32 [Q, D], unit length, in the order of `queries`; an empty query has a vector too (that of no words).
 
-        passages: texts, (title, text) pairs, or Passage; an empty title counts as none. DataError if one is something else.
+        Longer queries are cut at `max_query_tokens`. Raises DataError naming the first item that is not a string.
         """
-        return self._encode(checked_passages(passages, "passages"), self.max_passage_tokens)
+        return self._encode(list(checked_texts(queries, "queries")), self.max_query_tokens, progress)
 
-    def _encode(self, texts: list[Text], max_tokens: int) -> Floats:
-        vectors_ND = np.empty((len(texts), self.dim), dtype=np.float32)
-        for start in range(0, len(texts), CHUNK_TEXTS):
-            chunk = texts[start : start + CHUNK_TEXTS]
-            sequences = self.tokenizer.encode(chunk, max_tokens)
-            parts = ((rows, sequences.tensors(rows)) for rows in batches(sequences.lengths(), self.batch_tokens))
-            self.inference.run(parts, vectors_ND[start : start + len(chunk)], name=lambda row, start=start: f"text {start + row}")  # type: ignore[misc]
-        return vectors_ND
+    def encode_passages(self, passages: Sequence[str | tuple[str, str] | Passage], *, progress: bool = False) -> Floats:
+        """float32 [P, D], unit length, in the order of `passages`.
+
+        A passage is its text, (title, text), or a `Passage`; one with a title is read as `[CLS] title [SEP] text [SEP]`, cut at
+        `max_passage_tokens`. Raises DataError naming the first item that is none of these.
+        """
+        return self._encode(passage_texts(passages), self.max_passage_tokens, progress)
+
+    def _encode(self, texts: list[Text], max_tokens: int, progress: bool) -> Floats:
+        vectors = np.empty((len(texts), self.dim), dtype=np.float32)
+        starts = range(0, len(texts), CHUNK)
+        for start in Progress(quiet=not progress).track(starts, "encode", total=len(starts), unit="chunk"):
+            chunk = texts[start : start + CHUNK]
+            self.inference.run(self._batches(chunk, max_tokens), vectors[start : start + CHUNK])
+        return vectors
+
+    def _batches(self, texts: list[Text], max_tokens: int) -> Iterator[tuple[Ints, dict[str, Tensor]]]:
+        sequences = self._tokenizer.encode(texts, max_tokens)
+        for positions in batches(sequences.lengths(), self.batch_tokens):
+            yield positions, sequences.tensors(positions)
 
 
-def checked_passages(passages: Iterable[str | tuple[str, str] | Passage], name: str) -> list[Text]:
-    """Texts, and (title, text) where there is a title; DataError naming the first that is neither text, pair nor Passage."""
+def passage_texts(passages: Sequence[str | tuple[str, str] | Passage]) -> list[Text]:
+    """Each passage as the tokenizer takes it: a pair where it has a title, else its text."""
     if isinstance(passages, str | Passage):
-        raise DataError(f"{name}: one passage was given, a list of passages was expected; write [passage]")
-    found: list[Text] = []
+        raise DataError(f"passages: one {type(passages).__name__} was given, a list was expected; write [passage]")
+    texts: list[Text] = []
     for position, passage in enumerate(passages):
-        title, text = _parts(passage)
-        if not isinstance(title, str) or not isinstance(text, str):
+        parts = (passage.title, passage.text) if isinstance(passage, Passage) else passage
+        if isinstance(parts, str):
+            texts.append(parts)
+        elif isinstance(parts, tuple | list) and len(parts) == 2 and all(isinstance(part, str) for part in parts):
+            # A blank title leaves no tokens: such a passage is its text alone, in the store too.
+            texts.append((parts[0], parts[1]) if parts[0].strip() else parts[1])
+        else:
             raise DataError(
-                f"{name}[{position}]: {_shape(passage)} was given, a string, a (title, text) pair of strings or a Passage was expected; "
-                "leave out or convert missing texts"
+                f"passages[{position}]: {type(passage).__name__} was given; "
+                "a string, a pair of strings (title, text) or a simlm.Passage was expected"
             )
-        found.append((title, text) if title else text)
-    return found
-
-
-def _parts(passage: object) -> tuple[object, object]:
-    if isinstance(passage, Passage):
-        return passage.title, passage.text
-    if isinstance(passage, tuple | list) and len(passage) == 2:
-        return passage[0], passage[1]
-    return "", passage
-
-
-def _shape(value: object) -> str:
-    if isinstance(value, tuple | list):
-        return f"{type(value).__name__} of ({', '.join(type(part).__name__ for part in value[:4])})"
-    return type(value).__name__
-
-
-def _longest(model: BiEncoder, model_max_length: int) -> int:
-    """Tokens that the encoder takes: its positions, and what the tokenizer says of itself (a huge number where it says nothing)."""
-    return min(max_positions(model.encoder) or 512, int(model_max_length))
-
-
-def _own_maximum(folder: Path) -> int | None:
-    """max_seq_length of a sentence-transformers folder that simlm did not write; None where there is none."""
-    file = folder / "sentence_bert_config.json"
-    if not file.is_file():
-        return None
-    limit = json.loads(file.read_text(encoding="utf-8")).get("max_seq_length")
-    return int(limit) if limit else None
+    return texts

@@ -103,18 +103,18 @@ def _cut_parts(text: Text, shown: Text) -> list[int]:
     return [number for number in (0, 1) if shown[number] is not text[number]]
 
 
-def _is_full(encoding: Encoding, text: Text, shown: Text, max_tokens: int) -> bool:
+def _is_full(encoding: Encoding, cut_parts: list[int], max_tokens: int) -> bool:
     """Whether a shortened text had more tokens than were kept, so that the rest of it cannot matter.
 
     In a pair each part that was cut must fill half of the room: then `longest_first` gives it what it would give the whole.
     """
     if not encoding.overflowing:
         return False
-    if isinstance(text, str):
+    if encoding.n_sequences == 1:
         return True
     numbers = encoding.sequence_ids
     half = (max_tokens - numbers.count(None)) // 2
-    return all(shown[part] is text[part] or numbers.count(part) >= half for part in (0, 1))
+    return all(numbers.count(part) >= half for part in cut_parts)
 
 
 def batches(lengths: Ints, batch_tokens: int) -> Iterator[Ints]:
