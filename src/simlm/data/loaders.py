@@ -148,14 +148,14 @@ class BeirLoader(FileLoader):
 
     def passages(self, bad: BadRecords) -> Iterator[tuple[str, Passage]]:
         for where, record in read_records(self.corpus(), bad):
-            passage = _passage(record, self.names, where, bad)
+            passage = make_passage(record, self.names, where, bad)
             if passage is not None:
                 yield where, passage
 
     def queries(self, split: Split, bad: BadRecords) -> Iterator[tuple[str, Query]]:
         file = self.query_file(split)
         for where, record in read_records(file, bad) if file else ():
-            query = _query(record, self.names, where, bad)
+            query = make_query(record, self.names, where, bad)
             if query is not None:
                 yield where, query
 
@@ -261,9 +261,7 @@ class TableLoader(FileLoader):
             main, key = ("text", "passage_id") if role == "corpus" else ("query", "query_id")
             have = _field_names(file, self.settings.dataset)
             if guessed is None:
-                raise DataError(
-                    f'{file}: no field of the usual names for the {main}, it has {have}; name it: fields = {{ {main} = "..." }}'
-                )
+                raise DataError(f'{file}: no field of a usual name for the {main}, it has {have}; name it: fields = {{ {main} = "..." }}')
             if guessed[key] == ROW_NUMBER and self.settings.fields.get(key) != ROW_NUMBER:
                 raise DataError(
                     f'{file}: no field of a usual name for the id, it has {have}; name it: fields = {{ {key} = "..." }}, '
@@ -276,7 +274,7 @@ class TableLoader(FileLoader):
         file = self.corpus()
         names = self.names(file, "corpus")
         for number, (where, record) in enumerate(read_records(file, bad, default=self.settings.dataset)):
-            passage = _passage(_numbered(record, names["passage_id"], number), names, where, bad)
+            passage = make_passage(_numbered(record, names["passage_id"], number), names, where, bad)
             if passage is not None:
                 yield where, passage
 
@@ -299,7 +297,7 @@ class TableLoader(FileLoader):
             return
         names = self.names(file, "queries")
         for number, (where, record) in enumerate(read_records(file, bad, default=self.settings.dataset)):
-            query = _query(_numbered(record, names["query_id"], number), names, where, bad)
+            query = make_query(_numbered(record, names["query_id"], number), names, where, bad)
             if query is not None:
                 yield where, query, record.get(names["positives"])
 
@@ -392,7 +390,7 @@ class PythonDocsLoader:
         self._split: dict[Split, list[int]] = {}
 
     def check(self) -> None:
-        python_docs.versions(self.packages)
+        python_docs.installed(self.packages)
 
     def sources(self) -> list[Path]:
         return []
@@ -523,7 +521,8 @@ def _field_names(path: Path, default: str) -> list[str]:
 # --- records
 
 
-def _passage(record: dict[str, Any], names: dict[str, str], where: str, bad: BadRecords) -> Passage | None:
+def make_passage(record: dict[str, Any], names: dict[str, str], where: str, bad: BadRecords) -> Passage | None:
+    """A passage from a record whose fields are called `names`; None if it was bad and reported."""
     passage_id = id_field(record, names["passage_id"], where, bad)
     if passage_id is None:
         return None
@@ -532,7 +531,8 @@ def _passage(record: dict[str, Any], names: dict[str, str], where: str, bad: Bad
     return None if title is None or text is None else Passage(passage_id, text, title)
 
 
-def _query(record: dict[str, Any], names: dict[str, str], where: str, bad: BadRecords) -> Query | None:
+def make_query(record: dict[str, Any], names: dict[str, str], where: str, bad: BadRecords) -> Query | None:
+    """A query from a record whose fields are called `names`; None if it was bad and reported."""
     query_id = id_field(record, names["query_id"], where, bad)
     text = text_field(record, names["query"], where, bad) if query_id is not None else None
     if query_id is None or text is None:

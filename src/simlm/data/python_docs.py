@@ -139,13 +139,17 @@ def versions(packages: Sequence[str] = ()) -> dict[str, str]:
     """{package: version} of what `collect` would read, and of the collector itself: changes when the data set does."""
     found = {"python-docs collector": str(COLLECTOR_VERSION)}
     distributions: dict[str, list[str]] = {}
-    for package in _installed(packages):
+    for package in installed(packages):
         if package == "stdlib" or package.partition(".")[0] in sys.stdlib_module_names:
             found[package] = sys.version.split()[0]
             continue
-        distributions = distributions or dict(metadata.packages_distributions())
-        owners = distributions.get(package.partition(".")[0], [])
-        found[package] = metadata.version(owners[0]) if owners else _dated(package)
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            # Named differently from its distribution (sklearn), or without one. Reading the names of all distributions is slow.
+            distributions = distributions or dict(metadata.packages_distributions())
+            owners = distributions.get(package.partition(".")[0], [])
+            found[package] = metadata.version(owners[0]) if owners else _dated(package)
     return found
 
 
@@ -154,7 +158,8 @@ def _dated(package: str) -> str:
     return str(max((path.stat().st_mtime_ns for _, path in _files(package)), default=0))
 
 
-def _installed(packages: Sequence[str]) -> list[str]:
+def installed(packages: Sequence[str]) -> list[str]:
+    """Packages that `collect` reads: those named, or the default ones that are there. DataError for a named one that is not."""
     if not packages:
         return [name for name in DEFAULT_PACKAGES if name == "stdlib" or _spec(name) is not None]
     for name in packages:
@@ -233,7 +238,7 @@ class _Module:
 
 def _read(packages: Sequence[str], num_workers: int) -> list[tuple[str, str, str]]:
     """(package, public qualified name, docstring), ordered by package as given, then by name."""
-    chosen = _installed(packages)
+    chosen = installed(packages)
     jobs = [(package, module, str(path)) for package in chosen for module, path in _files(package)]
     exports = {package: _exports(package) for package in chosen}
     jobs = [job for job in jobs if _wanted(job[1], exports[job[0]])]

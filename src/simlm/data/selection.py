@@ -10,7 +10,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -95,10 +95,9 @@ def select(loader: Loader, settings: DataSettings, *, seed: int) -> Selection:
     corpus = _scan_corpus(loader, bad, draw=seed if settings.max_passages else None)
     facts: dict[str, Any] = {"passages_with_title_only": corpus.title_only}
     judged = {split: found for split in SPLITS if len((found := _scan_split(loader, split, corpus, bad, seed)).hashes)}
-    for name in ("without_positive", "without_judgement", "repeated_judgements"):
-        facts[f"queries_{name}" if name.startswith("without") else name] = {
-            split: count for split, found in judged.items() if (count := getattr(found, name))
-        }
+    facts["queries_without_positive"] = {split: found.without_positive for split, found in judged.items() if found.without_positive}
+    facts["repeated_judgements"] = {split: found.repeated_judgements for split, found in judged.items() if found.repeated_judgements}
+    facts["queries_without_judgement"] = _without_judgement(judged)
     if "train" in judged:
         judged["train"] = judged["train"].with_positive()
     sources: dict[Split, Split] = {split: split for split in judged}
@@ -228,6 +227,7 @@ class _Judged:
     """Judged queries of a split, and their judgements.
 
     hashes, draws: of each query, in file order; queries, passages, grades: of each judgement (hashes, hashes, int32).
+    all_queries: hashes of the queries read for this split, judged or not.
     """
 
     hashes: Hashes
@@ -236,8 +236,8 @@ class _Judged:
     passages: Hashes
     grades: NDArray[np.int32]
     without_positive: int = 0
-    without_judgement: int = 0
     repeated_judgements: int = 0
+    all_queries: Hashes = field(default_factory=lambda: np.empty(0, np.uint64))
 
     def only(self, chosen: NDArray[np.bool_]) -> _Judged:
         """These queries alone, with their judgements."""
@@ -313,7 +313,7 @@ def _scan_split(loader: Loader, split: Split, corpus: _Corpus, bad: BadRecords, 
     judged = _report_qrels(loader, split, judged, corpus, bad)
     known = judged.only(np.isin(judged.hashes, judged.queries))
     without_positive = len(known.hashes) - len(known.with_positive().hashes)
-    return replace(known, without_positive=without_positive, without_judgement=len(found) - len(known.hashes))
+    return replace(known, without_positive=without_positive, all_queries=found)
 
 
 def _report_qrels(loader: Loader, split: Split, judged: _Judged, corpus: _Corpus, bad: BadRecords) -> _Judged:
@@ -361,6 +361,14 @@ def _report_bad_qrels(loader: Loader, split: Split, judged: _Judged, flags: _Qre
             if pair in repeated and grades.setdefault(pair, qrel.grade) != qrel.grade:
                 message = f"grade {qrel.grade} contradicts grade {grades[pair]} for the same query and passage given before"
                 bad.report(where, "contradicting judgement", message)
+
+
+def _without_judgement(judged: dict[Split, _Judged]) -> int:
+    """Queries that no split judges; they are left out."""
+    if not judged:
+        return 0
+    read = np.unique(np.concatenate([found.all_queries for found in judged.values()]))
+    return len(np.setdiff1d(read, np.concatenate([found.hashes for found in judged.values()])))
 
 
 def _overlap(judged: dict[Split, _Judged]) -> dict[str, int]:

@@ -239,8 +239,13 @@ class Store:
 
 def id_hash(name: str, seed: int | None = None) -> int:
     """64-bit hash of an id; with a seed, a pseudo-random number that depends on seed and id alone."""
+    return hash_bytes(name.encode(), seed)
+
+
+def hash_bytes(data: bytes, seed: int | None = None) -> int:
+    """64-bit hash, the same on every machine."""
     salt = b"" if seed is None else (seed % (1 << 64)).to_bytes(8, "little")
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8, salt=salt).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8, salt=salt).digest(), "little")
 
 
 def map_array(path: Path, dtype: DTypeLike) -> NDArray[Any]:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simlm.artifacts import write_json
-from simlm.data.store import INFO, TOKENIZER, map_array, map_bytes
+from simlm.data.store import INFO, TOKENIZER, hash_bytes, map_array, map_bytes
 from simlm.data.tokens import Template, TextEncoder, Tokens, plain_tokenizer, truncate_pair
 from simlm.errors import DataError
 from simlm.types import Split
@@ -309,11 +309,8 @@ def _sort_ids(folder: Path) -> None:
     blob = map_bytes(folder / "ids.bin")
     offsets = map_array(folder / "id_offsets.bin", np.int64)
     count = len(offsets) - 1
-    hashes = np.fromiter(
-        (int.from_bytes(hashlib.blake2b(blob[offsets[row] : offsets[row + 1]], digest_size=8).digest(), "little") for row in range(count)),
-        dtype=np.uint64,
-        count=count,
-    )
+    bounds = offsets.tolist()
+    hashes = np.fromiter((hash_bytes(blob[bounds[row] : bounds[row + 1]]) for row in range(count)), dtype=np.uint64, count=count)
     order = np.argsort(hashes, kind="stable")
     hashes[order].astype("<u8").tofile(folder / "id_hashes.bin")
     order.astype("<i8").tofile(folder / "id_rows.bin")
