@@ -222,7 +222,10 @@ def _joined(split: Split, files: Sequence[Path]) -> Run:
 
 
 def _milliseconds_per_query(store: Store, reranker: Reranker, runs: list[Run]) -> float | None:
-    """Median wall time of re-ranking one query's passages from their texts; None without queries. The first query is asked twice, and counted once."""
+    """Median wall time of re-ranking one query's passages from their texts; None without queries.
+
+    The first query is asked twice: what is loaded or compiled on first use is not counted.
+    """
     questions = _questions(store, runs)
     first = next(questions, None)
     if first is None:
