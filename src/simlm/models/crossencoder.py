@@ -73,7 +73,7 @@ class CrossEncoder(nn.Module):
     @classmethod
     def from_encoder(
         cls,
-        ref: str | ModelSettings,
+        ref: str | Path | ModelSettings,
         *,
         seed: int = 0,
         dropout: float | None = None,
@@ -83,7 +83,8 @@ class CrossEncoder(nn.Module):
 
         A head over more labels (a classifier of something else) is a ModelError.
         """
-        return cls(load_classifier(ref, seed=seed, dropout=dropout, tokenizer=tokenizer))
+        settings = ref if isinstance(ref, ModelSettings) else ModelSettings(start=str(ref))
+        return cls(load_classifier(settings, seed=seed, dropout=dropout, tokenizer=tokenizer))
 
     @classmethod
     def load(cls, ref: str | Path | ModelSettings, *, dropout: float | None = None) -> CrossEncoder:

@@ -73,9 +73,12 @@ class TextTokenizer:
             encodings = self._backend.encode_batch_fast(first)
             for position, (text, shown) in enumerate(zip(texts, first, strict=True)):
                 if shown is not text and not _is_full(encodings[position], _cut_parts(text, shown), max_tokens):
-                    encodings[position] = self._backend.encode(_shortened(text, SECOND_LOOK * max_tokens))
+                    (encodings[position],) = self._backend.encode_batch_fast([_shortened(text, SECOND_LOOK * max_tokens)])
         except (TypeError, UnicodeEncodeError) as error:
-            raise DataError(f"{_first_broken(texts)} is not valid Unicode ({error}); decode it as UTF-8 with errors='replace'") from None
+            broken = _first_broken(texts)
+            if broken is None:
+                raise
+            raise DataError(f"{broken} is not valid Unicode ({error}); decode it as UTF-8 with errors='replace'") from None
         types = [encoding.type_ids for encoding in encodings] if self._has_types else None
         return Sequences([encoding.ids for encoding in encodings], types, self._pad)
 
@@ -146,11 +149,11 @@ def _padded(rows: list[list[int]], mask: NDArray[np.bool_], pad: int) -> Ints:
     return padded
 
 
-def _first_broken(texts: Sequence[Text]) -> str:
+def _first_broken(texts: Sequence[Text]) -> str | None:
     for position, text in enumerate(texts):
         for part in text if isinstance(text, tuple) else (text,):
             try:
                 part.encode()
             except UnicodeEncodeError:
                 return f"text {position} ({part[:40].encode('ascii', 'backslashreplace').decode()!r})"
-    return "a text"
+    return None
