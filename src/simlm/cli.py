@@ -34,6 +34,7 @@ def main() -> None:
     tune_allocator()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("bm25s").setLevel(logging.WARNING)
     try:
         app()
     except SimlmError as error:
@@ -81,8 +82,10 @@ def plan(recipe: RecipeArgument, changes: SetOption = None) -> None:
 
     the_plan = make_plan(load_recipe(recipe, changes))
     table = Table(title=f"{the_plan.recipe.name} -> {the_plan.folder}", title_justify="left")
-    for column in ("step", "stage", "reads", "state"):
-        table.add_column(column, overflow="fold")
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    wide = console.width >= 120
+    for column in ("step", "stage", "reads", "state") if wide else ("step", "stage", "state"):
+        table.add_column(column, overflow="fold", no_wrap=column in ("step", "stage"))
     for column in ("time", "memory", "disk"):
         table.add_column(column, justify="right", no_wrap=True)
     seconds_left = peak = disk_left = 0.0
@@ -101,8 +104,7 @@ def plan(recipe: RecipeArgument, changes: SetOption = None) -> None:
         reads = ", ".join(step.inputs.values()) if len(step.inputs) <= 4 else f"{len(step.inputs)} artifacts"
         colour = {"done": "green", "stale": "yellow", "to do": ""}[state]
         shown = f"[{colour}]{state}[/]" if colour else state
-        table.add_row(step.name, step.stage, reads, shown + (f" ({why})" if why else ""), *figures)
-    console = Console()
+        table.add_row(step.name, step.stage, *([reads] if wide else []), shown + (f" ({why})" if why else ""), *figures)
     console.print(table)
     for note in the_plan.notes:
         console.print(f"note: {note}")
