@@ -265,3 +265,13 @@ def test_families_without_pretraining_are_named() -> None:
     model.config.model_type = "t5"
     with pytest.raises(ModelError, match="'t5' model cannot be pre-trained here"):
         layers_of(model)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_head_of_a_bare_encoder_starts_as_the_identity(family: str, tmp_path: Path) -> None:
+    load_encoder(scratch(family), vocab_size=50, seed=1).save_pretrained(tmp_path)
+    model = load_masked_lm(str(tmp_path))
+    assert has_fresh_head(model)
+    dense = model.get_submodule(backbone.FAMILIES[model.config.model_type].dense)
+    if dense.in_features == dense.out_features:
+        torch.testing.assert_close(dense.weight, torch.eye(dense.in_features), rtol=0, atol=0)
