@@ -4,6 +4,9 @@ Words are runs of letters, digits and the marks that belong to them (`numpy.lina
 Unicode NFKC. Where words are not separated (Chinese, Japanese, Thai, Lao, Khmer, Burmese) terms are the overlapping pairs of characters of
 a run; Korean words carry particles, so they give the word and its pairs of characters. What is left goes through the stop words and the
 Snowball stemmer of one language. Scripts are told apart word by word: only stop words and stemmer depend on `language`.
+
+One-character words are left out wherever words are separated (English "c", Korean particles that stand alone), as bm25s's own tokeniser
+does, whose token pattern wants two characters or more. Where they are not separated a single character is a word and stays.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ NO_LANGUAGE = "none"
 AUTO = "auto"
 LONGEST_TERM = 64
 """Characters; longer words (base64, hashes) are cut there, so that no vocabulary entry is a million characters long."""
+REMEMBERED_TERMS = 1 << 19
+"""Terms of words that an analyzer has seen; about 100 MB. Past that it starts afresh, and common words are soon back."""
 SAMPLE_CHARACTERS = 2000
 """Read of each passage when the language is told from a sample."""
 
@@ -51,7 +56,7 @@ _STOP_WORD_TABLES = {
 class Analyzer:
     """Terms of a text in one language; the same for passages and queries.
 
-    Stems are remembered: a corpus has far fewer different words than words.
+    Terms of words are remembered, up to a bound: a corpus has far fewer different words than words.
     """
 
     def __init__(self, language: str) -> None:
@@ -63,6 +68,7 @@ class Analyzer:
         self._stop_words = stop_words(language)
         self._words, self._parts = _patterns()
         self._known: dict[str, tuple[str, ...]] = {}
+        self._num_remembered = 0
 
     def terms(self, text: str) -> list[str]:
         """Terms in the order of the text, repetitions included; empty for a text without letters or digits."""
@@ -73,27 +79,40 @@ class Analyzer:
         for word in self._words.findall(text.lower()):
             terms = known.get(word)
             if terms is None:
-                terms = known[word] = self._terms_of(word)
+                terms = self._terms_of(word)
+                self._remember(word, terms)
             found.extend(terms)
         return found
+
+    def _remember(self, word: str, terms: tuple[str, ...]) -> None:
+        if len(word) > LONGEST_TERM:
+            return
+        # A word without terms takes room too.
+        self._num_remembered += len(terms) + 1
+        if self._num_remembered > REMEMBERED_TERMS:
+            self._known.clear()
+            self._num_remembered = len(terms) + 1
+        self._known[word] = terms
 
     def _terms_of(self, word: str) -> tuple[str, ...]:
         if word.isascii():
             return self._spaced(word)
+        parts = self._parts.findall(word)
+        if len(parts) > 1 and all(not unspaced and len(hangul + other) == 1 for unspaced, hangul, other in parts):
+            # A number and its counter ("March" is 3 and the syllable for month): as one word they say something.
+            return (word[:LONGEST_TERM],)
         terms: list[str] = []
-        for unspaced, hangul, other in self._parts.findall(word):
+        for unspaced, hangul, other in parts:
             if unspaced:
                 terms += pairs(unspaced)
             elif hangul:
-                terms.append(hangul[:LONGEST_TERM])
-                # A word of two characters is its own pair: counted once.
-                terms += pairs(hangul) if len(hangul) > 2 else []
+                terms += [hangul[:LONGEST_TERM], *pairs(hangul)] if len(hangul) > 1 else []
             else:
                 terms += self._spaced(other)
         return tuple(terms)
 
     def _spaced(self, word: str) -> tuple[str, ...]:
-        return () if word in self._stop_words else (self._stem(word[:LONGEST_TERM]),)
+        return () if len(word) == 1 or word in self._stop_words else (self._stem(word[:LONGEST_TERM]),)
 
 
 def pairs(run: str) -> list[str]:

@@ -65,7 +65,7 @@ STAGES: dict[str, StageRow] = {
     "pretrain": StageRow("simlm.stages.pretrain", "model", 2, "PretrainSettings", distributed=True),
     "train_retriever": StageRow("simlm.stages.train_retriever", "model", 1, "RetrieverSettings", distributed=True),
     "encode": StageRow("simlm.stages.encode", "embeddings", 1, "EncodeSettings"),
-    "build_index": StageRow("simlm.stages.build_index", "index", 1, "IndexSettings"),
+    "build_index": StageRow("simlm.stages.build_index", "index", 2, "IndexSettings"),
     "search": StageRow("simlm.stages.search", "run", 1, "SearchSettings"),
     "fuse": StageRow("simlm.stages.fuse", "run", 1, "FuseSettings"),
     "select_run": StageRow("simlm.stages.select_run", "run", 1, "EvaluateSettings"),

@@ -36,5 +36,9 @@ def run(settings: EvaluateSettings, inputs: dict[str, Path], context: Context) -
         raise ArtifactError(f"{artifact.path}: holds no run of any split; run the step that makes it again")
     for split in splits:
         Run.load(artifact.path, split).save(context.work)
-    context.record(**artifact.manifest.facts | {"selected": selected, "selected_by": settings.main if values else None, "dev_values": values})
-    context.progress.say(f"re-ranking on top of {selected}" + (f" (dev {settings.main} {values[selected]:.3f})" if values else " (no dev queries)"))
+    context.record(
+        **artifact.manifest.facts | {"selected": selected, "selected_by": settings.main if values else None, "dev_values": values}
+    )
+    context.progress.say(
+        f"re-ranking on top of {selected}" + (f" (dev {settings.main} {values[selected]:.3f})" if values else " (no dev queries)")
+    )
