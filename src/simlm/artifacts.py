@@ -81,7 +81,9 @@ def read_manifest(path: Path, kind: Kind | None = None) -> Manifest:
     try:
         manifest = Manifest(**raw)
     except TypeError as error:
-        raise ArtifactError(f"{path / MANIFEST}: not a manifest of this program ({error}); delete the folder and run its step again") from None
+        raise ArtifactError(
+            f"{path / MANIFEST}: not a manifest of this program ({error}); delete the folder and run its step again"
+        ) from None
     if manifest.format > FORMAT:
         raise ArtifactError(f"{path}: written in format {manifest.format}, this version reads up to {FORMAT}; upgrade simlm")
     if kind is not None and manifest.kind != kind:

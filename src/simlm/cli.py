@@ -54,7 +54,9 @@ def _version(value: bool) -> None:
 
 
 @app.callback()
-def _options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
     pass
 
 
@@ -100,7 +102,7 @@ def plan(recipe: RecipeArgument, changes: SetOption = None) -> None:
             seconds_left += estimate.seconds
             disk_left += estimate.disk_bytes
             peak = max(peak, estimate.memory_bytes)
-            figures = tuple("~" + text for text in (_seconds(estimate.seconds), _bytes(estimate.memory_bytes), _bytes(estimate.disk_bytes)))  # type: ignore[assignment]
+            figures = (f"~{_seconds(estimate.seconds)}", f"~{_bytes(estimate.memory_bytes)}", f"~{_bytes(estimate.disk_bytes)}")
         reads = ", ".join(step.inputs.values()) if len(step.inputs) <= 4 else f"{len(step.inputs)} artifacts"
         colour = {"done": "green", "stale": "yellow", "to do": ""}[state]
         shown = f"[{colour}]{state}[/]" if colour else state
@@ -108,12 +110,15 @@ def plan(recipe: RecipeArgument, changes: SetOption = None) -> None:
     console.print(table)
     for note in the_plan.notes:
         console.print(f"note: {note}")
-    console.print(f"left: about {_seconds(seconds_left)}, {_bytes(peak)} of memory, {_bytes(disk_left)} of disk (~ marks estimates, good to a factor of two)")
+    console.print(
+        f"left: about {_seconds(seconds_left)}, {_bytes(peak)} of memory, {_bytes(disk_left)} of disk "
+        "(~ marks estimates, good to a factor of two)"
+    )
 
 
 @app.command()
 def init(
-    source: Annotated[Path, typer.Argument(metavar="FOLDER", help="BEIR folder, MS MARCO TSV files, JSONL, CSV, Parquet, or a folder of text.")],
+    source: Annotated[Path, typer.Argument(metavar="FOLDER", help="BEIR folder, MS MARCO TSV, JSONL, CSV, Parquet, or texts.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Recipe to write; default recipes/NAME.toml or NAME.toml.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over an existing recipe.")] = False,
 ) -> None:
@@ -127,13 +132,17 @@ def init(
 
 @app.command()
 def search(
-    run_or_recipe: Annotated[Path, typer.Argument(metavar="RUN|RECIPE", help="The folder of a run, to ask it a query; or a recipe, to do its search steps.")],
+    run_or_recipe: Annotated[
+        Path, typer.Argument(metavar="RUN|RECIPE", help="The folder of a run, to ask it a query; or a recipe, to do its search steps.")
+    ],
     query: Annotated[str | None, typer.Argument(metavar="QUERY")] = None,
     depth: Annotated[int, typer.Option("--depth", "-k", min=1, help="Passages shown.")] = 10,
     bm25: Annotated[bool, typer.Option("--bm25", help="BM25 alone.")] = False,
     hybrid: Annotated[bool, typer.Option("--hybrid", help="Dense and BM25, fused by reciprocal rank.")] = False,
     rerank: Annotated[bool, typer.Option("--rerank", help="Re-rank the top passages with the cross-encoder.")] = False,
-    retriever: Annotated[str | None, typer.Option("--retriever", help="Which trained retriever: distilled, retriever2, retriever1, start.")] = None,
+    retriever: Annotated[
+        str | None, typer.Option("--retriever", help="Which trained retriever: distilled, retriever2, retriever1, start.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     step: StepOption = None,
     changes: SetOption = None,
@@ -164,7 +173,9 @@ def search(
 def evaluate(
     run_or_recipe: Annotated[Path, typer.Argument(metavar="RECIPE|RUN.TREC", help="A recipe, or a TREC run file.")],
     qrels: Annotated[Path | None, typer.Argument(metavar="QRELS", help="Judgements (TREC or BEIR TSV), with a run file.")] = None,
-    measures: Annotated[str, typer.Option("--measures", "-m", help="As ir_measures writes them, separated by spaces.")] = "RR@10 nDCG@10 R@50 R@100 R@1000",
+    measures: Annotated[
+        str, typer.Option("--measures", "-m", help="As ir_measures writes them, separated by spaces.")
+    ] = "RR@10 nDCG@10 R@50 R@100 R@1000",
     changes: SetOption = None,
 ) -> None:
     """Measure a TREC run file against judgements; or, given a recipe, do its report."""
@@ -195,7 +206,10 @@ def _stage_command(stage: str, recipe: Path, changes: list[str] | None, names: l
     steps = [step.name for step in the_plan.steps if step.stage == stage]
     for name in names or []:
         if the_plan.step(name).stage != stage:
-            raise SimlmError(f"step {name!r} is a {the_plan.step(name).stage} step, not {stage}; this recipe's {stage} steps: {', '.join(steps) or 'none'}")
+            raise SimlmError(
+                f"step {name!r} is a {the_plan.step(name).stage} step, not {stage}; "
+                f"this recipe's {stage} steps: {', '.join(steps) or 'none'}"
+            )
     if not steps:
         raise SimlmError(f"{recipe}: has no {stage} step; `simlm plan {recipe}` shows the steps it has")
     folder = run_recipe(loaded, only=names or steps)

@@ -113,7 +113,9 @@ def estimate_step(plan: Plan, step: Step) -> Estimate:
             sizes.num_passages * shape.hidden * width * 2.1,
         )
     if isinstance(settings, RerankSettings):
-        queries = sizes.num_queries.get("train", 0) if "groups" in step.inputs else sum(sizes.num_queries.get(s, 0) for s in settings.splits)
+        queries = (
+            sizes.num_queries.get("train", 0) if "groups" in step.inputs else sum(sizes.num_queries.get(s, 0) for s in settings.splits)
+        )
         length = min(settings.max_pair_tokens, sizes.passage_tokens + sizes.query_tokens)
         tokens = queries * min(settings.depth, sizes.num_passages) * length
         flops = shape.forward_flops(tokens, length)
@@ -157,7 +159,9 @@ def _estimate_training(step: Step, sizes: Sizes, shape: Shape, rate: float) -> E
     flops = 3 * steps * (layers * shape.forward_flops(tokens, length) + head)
     weights = 4.0 * shape.parameters
     activations = min(settings.micro_batch_tokens, tokens) * shape.hidden * 40 * shape.layers
-    return Estimate(5 + flops / rate + steps * weights / 4e9, PROCESS_BYTES + 4 * weights + activations, weights * (1 + 3 * training.save_total_limit))
+    return Estimate(
+        5 + flops / rate + steps * weights / 4e9, PROCESS_BYTES + 4 * weights + activations, weights * (1 + 3 * training.save_total_limit)
+    )
 
 
 @functools.cache
@@ -198,11 +202,17 @@ def _sizes(plan: Plan) -> Sizes:
 
     num_passages, num_queries = guess_sizes(plan.recipe.data)
     tokens = min(plan.recipe.prepare.max_passage_tokens, 110.0)
-    return Sizes(num_passages, tokens, min(plan.recipe.prepare.max_query_tokens, 14.0), dict(num_queries), exact=False)
+    return Sizes(
+        num_passages,
+        tokens,
+        min(plan.recipe.prepare.max_query_tokens, 14.0),
+        {str(split): number for split, number in num_queries.items()},
+        exact=False,
+    )
 
 
 @functools.lru_cache(maxsize=4)
-def _store_sizes(path: Path, fingerprint: str) -> Sizes:  # noqa: ARG001 - the fingerprint is the cache's key
+def _store_sizes(path: Path, fingerprint: str) -> Sizes:
     from simlm.data.store import Store
 
     store = Store.open(path)

@@ -119,7 +119,9 @@ def run_folder(recipe: Recipe) -> Path:
     return expand_path(recipe.output) if recipe.output else Path("runs") / recipe.name
 
 
-def run_recipe(recipe: Recipe | str | Path, *, only: list[str] | None = None, overrides: list[str] | None = None, quiet: bool = False) -> Path:
+def run_recipe(
+    recipe: Recipe | str | Path, *, only: list[str] | None = None, overrides: list[str] | None = None, quiet: bool = False
+) -> Path:
     """Run a recipe (or, with `only`, the steps named and what they need); the folder of the run.
 
     Finished steps are skipped, an interrupted one goes on from its last checkpoint. Under torchrun all processes call this.
@@ -316,7 +318,8 @@ class _Planner:
         elif tokenizer == "scratch":
             if given.train_vocabulary is None:
                 raise RecipeError(
-                    'model.start is "scratch", which has no tokenizer: set prepare.tokenizer to a checkpoint, or prepare.train_vocabulary to a size'
+                    'model.start is "scratch", which has no tokenizer: set prepare.tokenizer to a checkpoint, '
+                    "or prepare.train_vocabulary to a size"
                 )
             tokenizer = ""
         if given.train_vocabulary is not None and self.recipe.model.start != "scratch":
@@ -338,7 +341,9 @@ class _Planner:
         self._add("pretrained", "pretrain", settings, {"store": "store", "generator": "generator"}, outside)
         return "pretrained"
 
-    def _retriever(self, name: str, section: BaseModel, groups: str, pretrained: str, stage: str = "train_retriever", **inputs: str) -> None:
+    def _retriever(
+        self, name: str, section: BaseModel, groups: str, pretrained: str, stage: str = "train_retriever", **inputs: str
+    ) -> None:
         initial = section.initial  # type: ignore[attr-defined]
         if initial == "pretrained" and pretrained:
             inputs["model"] = pretrained
@@ -357,7 +362,9 @@ class _Planner:
         return "reranker"
 
     def _rerank_best(self, runs: dict[str, str], teacher: str) -> None:
-        settings = self._pairs(self.recipe.rerank).model_copy(update={"splits": [split for split in ("test",) if split in self.splits] or ["dev"]})
+        settings = self._pairs(self.recipe.rerank).model_copy(
+            update={"splits": [split for split in ("test",) if split in self.splits] or ["dev"]}
+        )
         inputs = {f"run.{name}": step for name, step in runs.items() if name != "start"}
         self._add("best_run", "select_run", self.recipe.evaluate, {"store": "store"} | inputs)
         self._add("reranker_run", "rerank", settings, {"store": "store", "model": teacher, "run": "best_run"})
@@ -401,7 +408,9 @@ class _Planner:
         inputs |= {f"step.{step.name}": step.name for step in self.steps}
         settings = self.recipe.evaluate
         if settings.split not in self.splits and "dev" in self.splits:
-            self.notes.append(f"no {settings.split!r} queries: the report is on the dev queries, which the training has seen as its dev measure")
+            self.notes.append(
+                f"no {settings.split!r} queries: the report is on the dev queries, which the training has seen as its dev measure"
+            )
             settings = settings.model_copy(update={"split": "dev"})
         self._add("report", "evaluate", settings, inputs)
 

@@ -138,7 +138,15 @@ class Groups:
     @classmethod
     def load(cls, folder: Path, split: Split = "train") -> Groups:
         """Memory-mapped; ArtifactError if the artifact has no groups for this split."""
-        names = ("query_rows", "positive_offsets", "positive_rows", "positive_scores", "negative_offsets", "negative_rows", "negative_scores")
+        names = (
+            "query_rows",
+            "positive_offsets",
+            "positive_rows",
+            "positive_scores",
+            "negative_offsets",
+            "negative_rows",
+            "negative_scores",
+        )
         return cls(split, **_load(folder, split, names))
 
 

@@ -64,7 +64,10 @@ def write_recipe(source: Path, output: Path | None, *, force: bool = False) -> t
         f"machine: {machine.description}",
     ]
     if not counts.get("train"):
-        lines.append("no training queries: the recipe pre-trains, and builds BM25 and the indexes; add queries and qrels for `train` to get a trained retriever")
+        lines.append(
+            "no training queries: the recipe pre-trains, and builds BM25 and the indexes; "
+            "add queries and qrels for `train` to get a trained retriever"
+        )
     return path, "\n".join(lines)
 
 

@@ -37,7 +37,9 @@ class Searcher:
         from simlm.data.store import Store
 
         if not (folder / "store").is_dir():
-            raise ArtifactError(f"{folder}: holds no finished `store`, so this is not the folder of a run; give runs/NAME, made by `simlm run`")
+            raise ArtifactError(
+                f"{folder}: holds no finished `store`, so this is not the folder of a run; give runs/NAME, made by `simlm run`"
+            )
         self.folder = folder
         self.mode = mode
         self.store: Store = Store.open(folder / "store")
@@ -70,7 +72,10 @@ class Searcher:
             found["dense"] = index.search(model.encode_queries([query]), depth)
         if self.bm25 is not None:
             found["bm25"] = self.bm25.search([query], depth)
-        lists = {name: ([int(row) for row in rows[0] if row >= 0], [float(s) for s, row in zip(scores[0], rows[0], strict=True) if row >= 0]) for name, (scores, rows) in found.items()}
+        lists = {
+            name: ([int(row) for row in rows[0] if row >= 0], [float(s) for s, row in zip(scores[0], rows[0], strict=True) if row >= 0])
+            for name, (scores, rows) in found.items()
+        }
         if self.mode != "hybrid":
             return lists[self.mode]
         rows, scores = fuse_lists(lists["dense"][0], lists["bm25"][0], dense_weight=self.dense_weight, constant=self.constant, depth=depth)
@@ -95,7 +100,8 @@ class Searcher:
                 return load_retriever(self.folder / name), self._open_index(f"{name}_index")
         have = [name for name in RETRIEVERS if (self.folder / f"{name}_index").is_dir()]
         raise ArtifactError(
-            f"{self.folder}: no finished index of {' or '.join(names)} (finished here: {', '.join(have) or 'none'}); run the recipe to its end, or use --bm25"
+            f"{self.folder}: no finished index of {' or '.join(names)} (finished here: {', '.join(have) or 'none'}); "
+            "run the recipe to its end, or use --bm25"
         )
 
     def _open_index(self, name: str) -> Any:

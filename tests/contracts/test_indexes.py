@@ -265,7 +265,7 @@ def test_an_index_without_its_description_is_refused(tmp_path: Path) -> None:
 def test_flat_is_exact_with_ties_whatever_the_blocks(build: Build, memory_bytes: int, depth: int) -> None:
     # Quarters: sums are exact in any order, so equal scores are equal to the last bit, and there are many.
     rng = np.random.default_rng(0)
-    passages, queries = (rng.integers(-2, 3, (count, DIM)).astype(np.float32) / 4 for count in (600, 20))
+    passages, queries = ((rng.integers(-2, 3, (count, DIM)) / 4).astype(np.float32) for count in (600, 20))
     built = build("flat", passages)
     scores, rows = FlatIndex(built.folder, built.info).search(queries, depth, memory_bytes=memory_bytes)
     exact = queries @ passages.T

@@ -21,7 +21,9 @@ NUM_KILLS = 4
 def command(folder: Path, output: str) -> list[str]:
     changes = [*TINY, f"data.path={json.dumps(str(folder / 'data'))}", f"output={json.dumps(str(folder / output))}"]
     # Checkpoints at every step, so that a kill in training is followed by a resumed training, not by a new one.
-    changes += [f"{section}.training.save_steps=1" for section in ("generator", "pretrain", "retriever1", "retriever2", "reranker", "distilled")]
+    changes += [
+        f"{section}.training.save_steps=1" for section in ("generator", "pretrain", "retriever1", "retriever2", "reranker", "distilled")
+    ]
     changes += ["pretrain.training.max_steps=8", "distilled.training.max_steps=8"]
     options = [part for change in changes for part in ("--set", change)]
     return [sys.executable, "-m", "simlm", "run", str(RECIPES / "medquad_cpu.toml"), *options]
@@ -46,7 +48,9 @@ def test_killed_runs_end_like_an_undisturbed_one(tmp_path: Path) -> None:
     rng = random.Random(int(os.environ.get("SIMLM_KILL_SEED", "1")))
     moments = []
     for _ in range(NUM_KILLS):
-        process = subprocess.Popen(command(tmp_path, "killed"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+        process = subprocess.Popen(
+            command(tmp_path, "killed"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+        )
         moments.append(rng.uniform(0.25, 0.7) * whole)
         try:
             process.communicate(timeout=moments[-1])

@@ -8,7 +8,28 @@ import random
 from pathlib import Path
 
 SYLLABLES = ["ba", "ko", "mi", "ru", "ten", "sol", "var", "lin", "dor", "pax", "gre", "nul", "fi", "zam", "quo", "hex"]
-FILLER = "the of and to in is it for on with as at by from this that which are was be".split()
+FILLER = [
+    "the",
+    "of",
+    "and",
+    "to",
+    "in",
+    "is",
+    "it",
+    "for",
+    "on",
+    "with",
+    "as",
+    "at",
+    "by",
+    "from",
+    "this",
+    "that",
+    "which",
+    "are",
+    "was",
+    "be",
+]
 
 
 def make_word(rng: random.Random) -> str:
@@ -64,7 +85,8 @@ def split_of(number: int) -> str:
 
 TINY = [
     "model.start=scratch",
-    'model.config={model_type="bert", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=64}',
+    'model.config={model_type="bert", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, '
+    "max_position_embeddings=64}",
     "prepare.train_vocabulary=300",
     "prepare.max_passage_tokens=48",
     "prepare.max_query_tokens=16",

@@ -26,7 +26,9 @@ def test_a_finished_artifact_opens_and_keeps_no_leftovers(tmp_path: Path) -> Non
     path = make(tmp_path / "a")
     artifact = open_artifact(path, "run")
     assert artifact.manifest.facts == {"n": 3}
-    assert artifact.manifest.files == {"sub/x.bin": {"bytes": 3, "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}}
+    assert artifact.manifest.files == {
+        "sub/x.bin": {"bytes": 3, "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}
+    }
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a"]
     assert not (path / "resume").exists()
 

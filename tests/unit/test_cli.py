@@ -34,12 +34,28 @@ def toy_options(folder: Path) -> list[str]:
 def test_version_and_help() -> None:
     assert invoke("--version").startswith("simlm 0.")
     text = invoke("--help")
-    for command in ("run", "plan", "init", "pretrain", "train-retriever", "mine-negatives", "train-reranker", "rerank", "distill", "encode", "build-index", "search", "evaluate"):
+    for command in (
+        "run",
+        "plan",
+        "init",
+        "pretrain",
+        "train-retriever",
+        "mine-negatives",
+        "train-reranker",
+        "rerank",
+        "distill",
+        "encode",
+        "build-index",
+        "search",
+        "evaluate",
+    ):
         assert command in text
 
 
 def test_an_error_is_one_message_and_exit_code_2(tmp_path: Path) -> None:
-    result = subprocess.run([sys.executable, "-m", "simlm", "run", str(tmp_path / "none.toml")], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-m", "simlm", "run", str(tmp_path / "none.toml")], capture_output=True, text=True, check=False
+    )
     assert result.returncode == 2
     assert "no such recipe" in result.stderr
     assert "Traceback" not in result.stderr
@@ -61,7 +77,9 @@ def test_plan_shows_states_and_estimates(tmp_path: Path) -> None:
 def test_a_step_of_another_stage_is_refused(tmp_path: Path) -> None:
     write_beir(tmp_path / "data")
     with pytest.raises(SimlmError, match="'store' is a prepare step, not build_index"):
-        runner.invoke(app, ["build-index", str(RECIPES / "medquad_cpu.toml"), *toy_options(tmp_path), "--step", "store"], catch_exceptions=False)
+        runner.invoke(
+            app, ["build-index", str(RECIPES / "medquad_cpu.toml"), *toy_options(tmp_path), "--step", "store"], catch_exceptions=False
+        )
 
 
 def test_search_needs_a_run_and_a_query(tmp_path: Path) -> None:
@@ -114,7 +132,11 @@ def test_init_of_nothing_known(tmp_path: Path) -> None:
 
 def test_the_allocator_is_tuned_on_linux_and_can_be_left_alone() -> None:
     code = "from simlm.runtime import tune_allocator; print(tune_allocator())"
-    run = lambda **extra: subprocess.run([sys.executable, "-c", code], env=os.environ | extra, capture_output=True, text=True, check=True).stdout.strip()  # noqa: E731
+
+    def run(**extra: str) -> str:
+        done = subprocess.run([sys.executable, "-c", code], env=os.environ | extra, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
     assert run(SIMLM_MALLOC="0") == "False"
     if sys.platform.startswith("linux"):
         assert run(SIMLM_MALLOC="1") == "True"

@@ -114,5 +114,8 @@ def test_public_names_are_few_and_exist() -> None:
 
 
 def test_public_help_needs_no_torch() -> None:
-    code = "import sys; from simlm.cli import app; from typer.testing import CliRunner; r = CliRunner().invoke(app, ['--help']); print(r.exit_code, 'torch' in sys.modules)"
+    code = (
+        "import sys; from simlm.cli import app; from typer.testing import CliRunner; "
+        "result = CliRunner().invoke(app, ['--help']); print(result.exit_code, 'torch' in sys.modules)"
+    )
     assert run_python(code) == "0 False"

@@ -18,7 +18,10 @@ def recipe_for(folder: Path, **sections: object) -> Recipe:
         "name": "t",
         "output": str(folder / "run"),
         "data": {"dataset": "beir", "path": str(folder / "data")},
-        "model": {"start": "scratch", "config": {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}},
+        "model": {
+            "start": "scratch",
+            "config": {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32},
+        },
         "prepare": {"train_vocabulary": 300, "max_passage_tokens": 32, "num_workers": 1},
     }
     return parse_recipe(raw | sections)
@@ -38,7 +41,12 @@ def test_every_input_comes_before_the_step_that_reads_it(tmp_path: Path) -> None
     assert plan.steps[-1].name == "report"
     assert {"pretrained", "retriever1", "retriever2", "reranker", "teacher_scores", "distilled", "hybrid_run"} <= seen
     assert plan.step("retriever2").inputs["groups"] == "retriever1_groups"
-    assert plan.step("distilled").inputs == {"store": "store", "groups": "retriever2_groups", "teacher": "teacher_scores", "model": "pretrained"}
+    assert plan.step("distilled").inputs == {
+        "store": "store",
+        "groups": "retriever2_groups",
+        "teacher": "teacher_scores",
+        "model": "pretrained",
+    }
 
 
 def test_parts_can_be_left_out(tmp_path: Path) -> None:
@@ -98,7 +106,9 @@ def test_damaged_inputs_are_refused(tmp_path: Path) -> None:
     write_beir(tmp_path / "data")
     recipe = recipe_for(tmp_path)
     folder = run_recipe(recipe, only=["store"], quiet=True)
-    victim = max((file for file in (folder / "store").rglob("*") if file.is_file() and file.suffix != ".json"), key=lambda file: file.stat().st_size)
+    victim = max(
+        (file for file in (folder / "store").rglob("*") if file.is_file() and file.suffix != ".json"), key=lambda file: file.stat().st_size
+    )
     content = bytearray(victim.read_bytes())
     content[0] ^= 255
     victim.write_bytes(bytes(content))
@@ -153,7 +163,7 @@ def test_wrong_wiring_is_told_before_work(tmp_path: Path) -> None:
         make_plan(recipe_for(tmp_path, model={"start": "some/model"}))
     with pytest.raises(DataError):
         make_plan(recipe_for(tmp_path, data={"dataset": "beir", "path": str(tmp_path / "nowhere")}))
-    with pytest.raises(RecipeError, match="no step 'retriever3'.*retriever2|no step 'retriever3'"):
+    with pytest.raises(RecipeError, match="no step 'retriever3'"):
         make_plan(recipe_for(tmp_path)).step("retriever3")
 
 

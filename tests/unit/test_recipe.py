@@ -37,8 +37,14 @@ def test_defaults_are_the_papers() -> None:
         ({"name": "x", "pretrain": {"encoder_mask_rate": 1.5}}, ["pretrain.encoder_mask_rate", "less than 1", "1.5"]),
         ({"name": "x", "pretrain": {"encoder_mask_rate": 0.6, "decoder_mask_rate": 0.5}}, ["decoder_mask_rate 0.5", "superset"]),
         ({"name": "x", "retriever1": {"queries_per_step": "64"}}, ["retriever1.queries_per_step", "'64'"]),
-        ({"name": "x", "retriever1": {"training": {"learning_rte": 1e-5}}}, ["unknown training option 'learning_rte'", "did you mean 'learning_rate'?"]),
-        ({"name": "x", "retriever1": {"training": {"per_device_train_batch_size": 8}}}, ["per_device_train_batch_size", "queries_per_step"]),
+        (
+            {"name": "x", "retriever1": {"training": {"learning_rte": 1e-5}}},
+            ["unknown training option 'learning_rte'", "did you mean 'learning_rate'?"],
+        ),
+        (
+            {"name": "x", "retriever1": {"training": {"per_device_train_batch_size": 8}}},
+            ["per_device_train_batch_size", "queries_per_step"],
+        ),
         ({"name": "a/b"}, ["name", "plain folder name"]),
         ({"name": "x", "distilled": {"group_size": 1}}, ["distilled.group_size", "greater than or equal to 2"]),
     ],
@@ -62,7 +68,9 @@ def test_several_errors_are_told_at_once() -> None:
 def test_set_overrides_take_toml_values_and_bare_words(tmp_path: Path) -> None:
     path = tmp_path / "r.toml"
     path.write_text('name = "x"\n[mining]\ndepth = 10\n', encoding="utf-8")
-    recipe = load_recipe(path, ["mining.depth=7", "retriever1.training.learning_rate=1e-4", "model.start=bert-base-uncased", 'skip=["pretrain"]'])
+    recipe = load_recipe(
+        path, ["mining.depth=7", "retriever1.training.learning_rate=1e-4", "model.start=bert-base-uncased", 'skip=["pretrain"]']
+    )
     assert recipe.mining.depth == 7
     assert recipe.retriever1.training.learning_rate == 1e-4
     assert recipe.model.start == "bert-base-uncased"

@@ -68,7 +68,7 @@ STAGES: dict[str, StageRow] = {
     "build_index": StageRow("simlm.stages.build_index", "index", 2, "IndexSettings"),
     "search": StageRow("simlm.stages.search", "run", 1, "SearchSettings"),
     "fuse": StageRow("simlm.stages.fuse", "run", 1, "FuseSettings"),
-    "select_run": StageRow("simlm.stages.select_run", "run", 1, "EvaluateSettings"),
+    "select_run": StageRow("simlm.stages.select_run", "run", 2, "EvaluateSettings"),
     "mine_negatives": StageRow("simlm.stages.mine_negatives", "groups", 1, "MiningSettings"),
     "train_reranker": StageRow("simlm.stages.train_reranker", "model", 1, "RerankerSettings", distributed=True),
     "rerank": StageRow("simlm.stages.rerank", "run", 1, "RerankSettings"),

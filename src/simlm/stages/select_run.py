@@ -1,7 +1,7 @@
 """Choose the run that the re-ranker is put on top of: the best by the main measure on the dev queries.
 
-Without dev queries the last run given is taken (the pipeline gives them in the order in which they are trained), and the artifact
-says so. The test queries are never looked at.
+Equal values: the later run (the pipeline gives them in the order in which they are trained). Without dev queries the last run given is
+taken, and the artifact says so. The test queries are never looked at.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def run(settings: EvaluateSettings, inputs: dict[str, Path], context: Context) -
         qrels = store.qrels("dev")
         for name, artifact in candidates.items():
             values[name] = measure_run(Run.load(artifact.path, "dev"), qrels, [settings.main])[settings.main]
-        selected = max(values, key=values.__getitem__)
+        selected = max(reversed(values), key=values.__getitem__)
     artifact = candidates[selected]
     splits: list[Split] = [split for split in SPLITS if (artifact.path / split).is_dir()]
     if not splits:
