@@ -132,7 +132,7 @@ def plain_mask(batch: TokenBatch, rate: float, order: np.ndarray) -> np.ndarray:
     return mask
 
 
-def plain_replace(  # noqa: PLR0917
+def plain_replace(
     generator: Generator, ids: Tensor, types: Tensor | None, mask: np.ndarray, uniforms: np.ndarray, tokenizer: PreTrainedTokenizerFast
 ) -> Tensor:
     """All logits of the generator, then the inverse of each masked position's cumulative distribution."""

@@ -79,7 +79,7 @@ def default_chunk_rows(weight_VH: Tensor) -> int:
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(  # noqa: PLR0917
+    def forward(
         ctx: Any,
         features_NH: Tensor,
         weight_VH: Tensor,
