@@ -43,7 +43,7 @@ class Index(Protocol):
         """Number of passages."""
         ...
 
-    def search(self, queries: Any, depth: int) -> Results:
+    def search(self, queries: Any, /, depth: int) -> Results:
         """(scores float32 [Q, depth], passage rows int64 [Q, depth]), best first, ties by row; -inf and -1 where there are no more."""
         ...
 
