@@ -8,6 +8,7 @@ setting re-runs its step and what depends on it, and nothing else.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from dataclasses import dataclass
@@ -250,6 +251,7 @@ class _Planner:
         self.splits: list[Split] = []
 
     def build(self) -> None:
+        self._check_names()
         recipe, skip = self.recipe, {str(part) for part in self.recipe.skip}
         self.splits = self._find_splits()
         searched: list[Split] = [split for split in ("dev", "test") if split in self.splits]
@@ -302,6 +304,19 @@ class _Planner:
             runs["hybrid"] = "hybrid_run"
         if searched and teacher:
             self._rerank_best(runs, teacher)
+
+    def _check_names(self) -> None:
+        """Names that only a late step looks up, checked before any work: measures and options of the index."""
+        from simlm.evaluation.measures import parse_measure
+        from simlm.index import check_options
+
+        for name in (*self.recipe.evaluate.measures, self.recipe.evaluate.main):
+            if not re.fullmatch(r"Answer@\d+", name):
+                parse_measure(name)
+        check_options(self.recipe.index.type, self.recipe.index.options)
+        check_options(self.recipe.bm25.type, self.recipe.bm25.options)
+        if self.recipe.bm25.type != "bm25":
+            raise RecipeError(f'bm25.type is {self.recipe.bm25.type!r}; the baseline is always "bm25", vector indexes are set in [index]')
 
     def _find_splits(self) -> list[Split]:
         from simlm.data.datasets import find_splits
@@ -366,7 +381,10 @@ class _Planner:
             update={"splits": [split for split in ("test",) if split in self.splits] or ["dev"]}
         )
         inputs = {f"run.{name}": step for name, step in runs.items() if name != "start"}
-        self._add("best_run", "select_run", self.recipe.evaluate, {"store": "store"} | inputs)
+        chosen_by = self.recipe.evaluate
+        if chosen_by.main.startswith("Answer@"):
+            chosen_by = chosen_by.model_copy(update={"main": "RR@10"})
+        self._add("best_run", "select_run", chosen_by, {"store": "store"} | inputs)
         self._add("reranker_run", "rerank", settings, {"store": "store", "model": teacher, "run": "best_run"})
         runs["reranker"] = "reranker_run"
 

@@ -161,6 +161,12 @@ def test_wrong_wiring_is_told_before_work(tmp_path: Path) -> None:
         make_plan(recipe_for(tmp_path, prepare={}))
     with pytest.raises(RecipeError, match="has its own"):
         make_plan(recipe_for(tmp_path, model={"start": "some/model"}))
+    with pytest.raises(RecipeError, match="unknown measure 'RRR@10'"):
+        make_plan(recipe_for(tmp_path, evaluate={"measures": ["RRR@10"]}))
+    with pytest.raises(RecipeError, match="num_listz"):
+        make_plan(recipe_for(tmp_path, index={"type": "ivf", "options": {"num_listz": 3}}))
+    with pytest.raises(RecipeError, match="the baseline is always"):
+        make_plan(recipe_for(tmp_path, bm25={"type": "flat"}))
     with pytest.raises(DataError):
         make_plan(recipe_for(tmp_path, data={"dataset": "beir", "path": str(tmp_path / "nowhere")}))
     with pytest.raises(RecipeError, match="no step 'retriever3'"):
