@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from simlm.progress import Progress
@@ -66,7 +64,7 @@ def read_log(path: Path) -> list[Record]:
 
 
 class ProgressBar(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """One bar for the whole stage, with the loss; sparse lines where nobody watches a terminal."""
+    """One bar for the whole stage, with the loss."""
 
     def __init__(self, progress: Progress, description: str) -> None:
         self._progress = progress
@@ -74,17 +72,7 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._bar: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        interactive = sys.stderr.isatty()
-        self._bar = tqdm(
-            desc=self._description,
-            total=state.max_steps,
-            initial=state.global_step,
-            unit="step",
-            disable=self._progress.quiet,
-            mininterval=0.5 if interactive else 15.0,
-            dynamic_ncols=interactive,
-            leave=interactive,
-        )
+        self._bar = self._progress.bar(self._description, total=state.max_steps, initial=state.global_step, unit="step")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._bar.update(1)
