@@ -277,6 +277,7 @@ def _print_next(folder: Path) -> None:
 
 def _print_results(query: str, results: list[Any]) -> None:
     from rich.console import Console
+    from rich.padding import Padding
     from rich.text import Text
 
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -285,10 +286,11 @@ def _print_results(query: str, results: list[Any]) -> None:
     for result in results:
         line = Text(f"{result.rank:>3}  {result.score:8.4f}  ")
         line.append(result.title or result.passage_id, style="bold")
-        line.append(f"  [{result.passage_id}]" if result.title else "", style="dim")
+        if result.title and result.title != result.passage_id:
+            line.append(f"  [{result.passage_id}]", style="dim")
         console.print(line)
         text = " ".join(result.text.split())
-        console.print(Text(f"               {text[:240]}{'...' if len(text) > 240 else ''}", style="dim"))
+        console.print(Padding(Text(f"{text[:240]}{'...' if len(text) > 240 else ''}", style="dim"), (0, 0, 0, 15)))
 
 
 def _seconds(seconds: float) -> str:
