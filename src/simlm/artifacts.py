@@ -167,6 +167,10 @@ class ArtifactBuilder:
         stamp = self.work / RESUME / "fingerprint"
         if self.work.exists():
             if stamp.exists() and stamp.read_text(encoding="utf-8") == self.fingerprint:
+                # Left by a kill inside `finish` or `write_json`; they are no files of the artifact.
+                (self.work / MANIFEST).unlink(missing_ok=True)
+                for leftover in self.work.rglob(".*.tmp"):
+                    leftover.unlink(missing_ok=True)
                 return True
             shutil.rmtree(self.work)
         try:
@@ -230,6 +234,12 @@ class ArtifactBuilder:
         shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(self.path / RESUME, ignore_errors=True)
         return Artifact(self.path, manifest)
+
+
+def sweep(path: Path) -> None:
+    """Remove what a kill in the last moments of `finish` may leave beside or in a finished artifact."""
+    shutil.rmtree(path.parent / f".{path.name}.old", ignore_errors=True)
+    shutil.rmtree(path / RESUME, ignore_errors=True)
 
 
 @contextlib.contextmanager

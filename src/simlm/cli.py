@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -119,7 +120,7 @@ def plan(recipe: RecipeArgument, changes: SetOption = None) -> None:
 @app.command()
 def init(
     source: Annotated[Path, typer.Argument(metavar="FOLDER", help="BEIR folder, MS MARCO TSV, JSONL, CSV, Parquet, or texts.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Recipe to write; default recipes/NAME.toml or NAME.toml.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Recipe to write; default NAME.toml.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over an existing recipe.")] = False,
 ) -> None:
     """Look at your data and at this machine, and write a commented recipe."""
@@ -268,10 +269,10 @@ def _print_next(folder: Path) -> None:
 
     query = example_query(folder)
     console = Console(width=None if sys.stdout.isatty() else 140)
-    quoted = query.replace('"', "'")
+    asked = f"simlm search {shlex.quote(str(folder))} {shlex.quote(query)}"
     console.print("\nNext:", highlight=False)
     for flag in ("", " --hybrid", " --rerank"):
-        console.print(f'  simlm search {folder} "{quoted}"{flag}', highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  {asked}{flag}", highlight=False, markup=False, soft_wrap=True)
     console.print("  simlm init YOUR_DATA_FOLDER        # a recipe for your own corpus", highlight=False, markup=False, soft_wrap=True)
 
 

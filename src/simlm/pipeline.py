@@ -7,10 +7,14 @@ setting re-runs its step and what depends on it, and nothing else.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,9 +30,10 @@ from simlm.artifacts import (
     peak_memory_bytes,
     read_manifest,
     reset_peak_memory,
+    sweep,
     write_json,
 )
-from simlm.errors import ArtifactError, DiskError, RecipeError, nearest
+from simlm.errors import ArtifactError, DataError, DiskError, RecipeError, SimlmError, nearest
 from simlm.progress import Progress
 from simlm.recipe import ModelSettings, Recipe, expand_path, load_recipe
 from simlm.runtime import Ranks, join_processes, release_memory
@@ -37,6 +42,7 @@ from simlm.types import Split
 
 State = Literal["done", "stale", "to do"]
 DIGESTS = ".digests.json"
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -132,8 +138,21 @@ def run_recipe(
     ranks = join_processes()
     progress = Progress(quiet=quiet or ranks.rank > 0)
     settled = recipe
+    lock = contextlib.nullcontext()
     if ranks.rank == 0:
         _make_folder(run_folder(recipe))
+        lock = _locked(run_folder(recipe))  # type: ignore[assignment]
+    with lock:
+        return _run(settled, only, progress, ranks)
+
+
+def _run(settled: Recipe, only: list[str] | None, progress: Progress, ranks: Ranks) -> Path:
+    for section in (settled.retriever1, settled.retriever2, settled.reranker, settled.distilled):
+        if section.queries_per_step % ranks.num_ranks:
+            raise RecipeError(
+                f"queries_per_step {section.queries_per_step} cannot be shared by {ranks.num_ranks} processes; "
+                f"set it to a multiple of {ranks.num_ranks}, or start another number of processes"
+            )
     plan = ranks.from_first(lambda: make_plan(settled))
     names = [step.name for step in plan.steps] if only is None else only
     steps = plan.needed(names)
@@ -143,6 +162,8 @@ def run_recipe(
         state, why = ranks.from_first(lambda step=step: plan.state(step))  # type: ignore[misc]
         title = f"[{number}/{len(steps)}] {step.name}"
         if state == "done":
+            if ranks.rank == 0:
+                sweep(plan.path(step.name))
             progress.say(f"{title}: done")
             continue
         progress.say(f"{title}: {STAGES[step.stage].module.rsplit('.', 1)[-1]}{f' ({why})' if why else ''}")
@@ -167,9 +188,7 @@ def run_step(plan: Plan, step: Step, progress: Progress, ranks: Ranks) -> tuple[
         try:
             row.load()(step.settings, inputs, context)
         except OSError as error:
-            if error.errno is None:
-                raise
-            raise disk_error(error, builder.work) from error
+            raise _explained(error, builder) from error
         finally:
             seconds = earlier + time.monotonic() - started
             if ranks.rank == 0 and builder.resume.is_dir():
@@ -205,6 +224,35 @@ def _prepare_step(plan: Plan, step: Step, inputs: dict[str, Path], builder: Arti
             "free some space or set `output` to another disk. Finished steps are intact"
         )
     builder.begin()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the run's folder for this process; ArtifactError if another one works on it. Freed by the system if the process dies."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system: nothing to lock with
+        yield
+        return
+    descriptor = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ArtifactError(f"{folder}: another simlm process works on this run; wait for it, or stop it first") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _explained(error: OSError, builder: ArtifactBuilder) -> OSError | SimlmError:
+    """What an OSError of a stage means: a full disk, a folder that cannot be written, a file that cannot be read; else the error itself."""
+    ours = error.filename is None or Path(str(error.filename)).is_relative_to(builder.work)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) or (error.errno in (errno.EACCES, errno.EPERM) and ours):
+        return disk_error(error, builder.work)
+    if error.filename is not None and not ours:
+        return DataError(f"{error.filename}: cannot be read ({error.strerror}); check that it is there and may be read")
+    return error
 
 
 def _make_folder(folder: Path) -> None:
@@ -265,6 +313,10 @@ class _Planner:
         if "start" not in skip and recipe.model.start != "scratch":
             self._dense("start", None, searched, runs)
 
+        groups = ""
+        if has_train:
+            # Before pre-training: what is wrong with queries and judgements shows here, not after days.
+            groups = self._mine("bm25", self._search("bm25_train_run", "bm25", None, ["train"], depth=recipe.mining.depth))
         pretrained = "" if "pretrain" in skip else self._pretrain()
         if not has_train:
             self.notes.append(
@@ -274,14 +326,13 @@ class _Planner:
             if pretrained:
                 self._dense("pretrained_encoder", pretrained, [], runs)
         else:
-            self._supervised(pretrained, searched, runs, skip)
+            self._supervised(groups, pretrained, searched, runs, skip)
         if not searched:
             self.notes.append("the data set has no dev or test queries: nothing is measured, the report says so")
         self._evaluate(runs)
 
-    def _supervised(self, pretrained: str, searched: list[Split], runs: dict[str, str], skip: set[str]) -> None:
+    def _supervised(self, groups: str, pretrained: str, searched: list[Split], runs: dict[str, str], skip: set[str]) -> None:
         recipe = self.recipe
-        groups = self._mine("bm25", self._search("bm25_train_run", "bm25", None, ["train"], depth=recipe.mining.depth))
         self._retriever("retriever1", recipe.retriever1, groups, pretrained)
         dense = self._dense("retriever1", "retriever1", searched, runs)
         best = "retriever1"
@@ -377,9 +428,7 @@ class _Planner:
         return "reranker"
 
     def _rerank_best(self, runs: dict[str, str], teacher: str) -> None:
-        settings = self._pairs(self.recipe.rerank).model_copy(
-            update={"splits": [split for split in ("test",) if split in self.splits] or ["dev"]}
-        )
+        settings = self._pairs(self.recipe.rerank).model_copy(update={"splits": self._reported_splits()})
         inputs = {f"run.{name}": step for name, step in runs.items() if name != "start"}
         chosen_by = self.recipe.evaluate
         if chosen_by.main.startswith("Answer@"):
@@ -387,6 +436,11 @@ class _Planner:
         self._add("best_run", "select_run", chosen_by, {"store": "store"} | inputs)
         self._add("reranker_run", "rerank", settings, {"store": "store", "model": teacher, "run": "best_run"})
         runs["reranker"] = "reranker_run"
+
+    def _reported_splits(self) -> list[Split]:
+        """The split of the report, as far as there are queries; dev where there is no other."""
+        wanted = self.recipe.evaluate.split
+        return [wanted] if wanted in self.splits else ["dev"]
 
     def _pairs(self, settings: BaseModel) -> BaseModel:
         """Re-ranking settings with the pair length that the re-ranker was trained with, unless the recipe says otherwise."""
@@ -434,7 +488,9 @@ class _Planner:
 
     def _with_model(self, section: Any, initial: str) -> tuple[Any, dict[str, Any]]:
         """The section with [model] filled in where it does not have its own, and the digests of checkpoints outside."""
-        model: ModelSettings = section.model if "model" in section.model_fields_set else self.recipe.model
+        model: ModelSettings = self.recipe.model
+        if "model" in section.model_fields_set:
+            model = model.model_copy(update={name: getattr(section.model, name) for name in section.model.model_fields_set})
         outside: dict[str, Any] = {}
         if initial == "start":
             outside = self._outside_model(model.start, model.revision)

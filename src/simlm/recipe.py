@@ -328,7 +328,7 @@ class Recipe(Section):
     name: str
     output: str | None = None
     """Folder of the run; none = runs/NAME."""
-    seed: int = 42
+    seed: Annotated[int, Field(ge=0)] = 42
     data: DataSettings = Field(default_factory=DataSettings)
     prepare: PrepareSettings = Field(default_factory=PrepareSettings)
     model: ModelSettings = Field(default_factory=ModelSettings)

@@ -6,15 +6,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from simlm.artifacts import open_artifact, read_manifest
-from simlm.errors import ArtifactError, SimlmError
+from simlm.errors import ArtifactError, SimlmError, nearest
 from simlm.types import ScoredPassage
 
 if TYPE_CHECKING:
     from simlm.data.store import Store
 
 Mode = Literal["dense", "bm25", "hybrid"]
-RETRIEVERS = ("distilled", "retriever2", "retriever1", "start")
-"""Best first: the order in which a run's retrievers are looked for."""
+RETRIEVERS = {
+    "distilled": "distilled",
+    "retriever2": "retriever2",
+    "retriever1": "retriever1",
+    "start": "",
+    "pretrained_encoder": "pretrained",
+}
+"""Name -> model folder in the run ("" = the starting model as it is); best first: the order in which they are looked for."""
 CANDIDATES = 200
 """Passages fetched from each part before fusing (the paper's depth)."""
 RERANKED = 50
@@ -24,7 +30,7 @@ RERANKED = 50
 def open_run(folder: str | Path, *, retriever: str | None = None, mode: Mode = "dense", rerank: bool = False) -> Searcher:
     """A searcher over the corpus of a run; loads only what `mode` and `rerank` need.
 
-    retriever: distilled, retriever2, retriever1 or start; none = the first of these that the run has.
+    retriever: a name of RETRIEVERS; none = the first of these that the run has.
     Raises ArtifactError if the run lacks what is asked for.
     """
     return Searcher(Path(folder), retriever=retriever, mode=mode, rerank=rerank)
@@ -89,16 +95,26 @@ class Searcher:
 
     def _open_dense(self, retriever: str | None) -> tuple[Any, Any]:
         from simlm.models.retriever import load_retriever
+        from simlm.recipe import ModelSettings
 
+        if retriever is not None and retriever not in RETRIEVERS:
+            raise SimlmError(f"no retriever {retriever!r}{nearest(retriever, RETRIEVERS)}; a run may have: {', '.join(RETRIEVERS)}")
         names = [retriever] if retriever else list(RETRIEVERS)
-        for name in names:
-            if (self.folder / f"{name}_index").is_dir():
-                if name == "start":
-                    model = read_manifest(self.folder / "start_embeddings", "embeddings").settings["model"]
-                    return load_retriever(model["start"]), self._open_index("start_index")
-                open_artifact(self.folder / name, "model")
-                return load_retriever(self.folder / name), self._open_index(f"{name}_index")
         have = [name for name in RETRIEVERS if (self.folder / f"{name}_index").is_dir()]
+        for name in names:
+            if name not in have:
+                continue
+            index = self._open_index(f"{name}_index")
+            if not RETRIEVERS[name]:
+                model = ModelSettings.model_validate(read_manifest(self.folder / "start_embeddings", "embeddings").settings["model"])
+                return load_retriever(model, max_query_tokens=int(self.store.info["max_query_tokens"])), index
+            folder = open_artifact(self.folder / RETRIEVERS[name], "model")
+            encoded = read_manifest(self.folder / f"{name}_embeddings", "embeddings").inputs.get("model")
+            self._check_same(f"{name}_embeddings", encoded, RETRIEVERS[name], folder.manifest.fingerprint)
+            if name == "pretrained_encoder":
+                settings = ModelSettings.model_validate(read_manifest(self.folder / f"{name}_embeddings").settings["model"])
+                return load_retriever(settings.model_copy(update={"start": str(folder.path)})), index
+            return load_retriever(folder.path), index
         raise ArtifactError(
             f"{self.folder}: no finished index of {' or '.join(names)} (finished here: {', '.join(have) or 'none'}); "
             "run the recipe to its end, or use --bm25"
@@ -109,7 +125,16 @@ class Searcher:
 
         if not (self.folder / name).is_dir():
             raise ArtifactError(f"{self.folder}: no finished index {name!r}; run the recipe again, finished steps are skipped")
+        made_from = read_manifest(self.folder / name, "index").inputs.get("store")
+        self._check_same(name, made_from, "store", read_manifest(self.folder / "store").fingerprint)
         return open_index(self.folder / name)
+
+    def _check_same(self, name: str, made_from: str | None, source: str, fingerprint: str) -> None:
+        """Refuse an artifact that was made from an earlier version of what lies beside it: its rows would mean other passages."""
+        if made_from != fingerprint:
+            raise ArtifactError(
+                f"{self.folder / name}: was made from an earlier {source!r} than the one that is there now; run the recipe again"
+            )
 
     def _open_reranker(self) -> Any:
         from simlm.models.reranker import load_reranker

@@ -62,5 +62,9 @@ def test_killed_runs_end_like_an_undisturbed_one(tmp_path: Path) -> None:
     final = subprocess.run(command(tmp_path, "killed"), check=False, env=environment, capture_output=True, text=True)
     assert final.returncode == 0, f"after kills at {moments} s: {final.stderr[-3000:]}"
     assert results(tmp_path / "killed") == results(tmp_path / "undisturbed"), f"kills at {moments} s"
-    leftovers = [entry.name for entry in (tmp_path / "killed").iterdir() if entry.name.startswith(".") and entry.name != ".digests.json"]
+    leftovers = [
+        entry.name
+        for entry in (tmp_path / "killed").iterdir()
+        if entry.name.startswith(".") and entry.name not in (".digests.json", ".lock")
+    ]
     assert leftovers == []

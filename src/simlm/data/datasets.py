@@ -118,8 +118,12 @@ def find_splits(settings: DataSettings) -> list[Split]:
     """Splits that the prepared store will have: those with judgements, and dev where it is set apart from train."""
     loader = open_dataset(settings)
     splits = loader.splits()
-    if sets_dev_apart(settings, splits) and _two_queries(loader):
-        splits = [*splits, "dev"]
+    if "train" in splits:
+        usable = _training_queries(loader, 2)
+        if usable == 0:
+            splits = [split for split in splits if split != "train"]
+        elif usable == 2 and sets_dev_apart(settings, splits):
+            splits = [*splits, "dev"]
     return [split for split in SPLITS if split in splits]
 
 
@@ -128,13 +132,15 @@ def sets_dev_apart(settings: DataSettings, splits: list[Split]) -> bool:
     return "train" in splits and "dev" not in splits and settings.dev_fraction > 0
 
 
-def _two_queries(loader: Loader) -> bool:
-    first = None
+def _training_queries(loader: Loader, enough: int) -> int:
+    """Number of training queries with a relevant passage, counted up to `enough`."""
+    found: set[str] = set()
     for _, qrel in loader.qrels("train", BadRecords("skip")):
-        if first is not None and qrel.query_id != first:
-            return True
-        first = qrel.query_id
-    return False
+        if qrel.grade > 0:
+            found.add(qrel.query_id)
+        if len(found) >= enough:
+            break
+    return len(found)
 
 
 def guess_sizes(settings: DataSettings) -> tuple[int, dict[Split, int]]:

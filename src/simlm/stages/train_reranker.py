@@ -18,6 +18,7 @@ def run(settings: RerankerSettings, inputs: dict[str, Path], context: Context) -
     from simlm.data.groups import TrainingGroups
     from simlm.data.store import Store
     from simlm.models.crossencoder import CrossEncoder
+    from simlm.models.vocabulary import check_vocabulary
     from simlm.rankings import Groups, Run
     from simlm.training.initial import initial_model
     from simlm.training.reranking import train_crossencoder
@@ -37,6 +38,8 @@ def run(settings: RerankerSettings, inputs: dict[str, Path], context: Context) -
         dev_run = Run.load(open_artifact(inputs["dev_run"], "run").path, "dev")
     tokenizer = store.tokenizer()
     start = initial_model(settings.initial, settings.model, inputs)
+    if start.start != "scratch":
+        check_vocabulary(start.start, tokenizer, revision=start.revision)
     model = CrossEncoder.from_encoder(start, seed=context.seed, dropout=settings.dropout, tokenizer=tokenizer)
     result = train_crossencoder(model, store, groups, settings, context, dev_run=dev_run)
     context.record(**result.facts(), **groups.facts())

@@ -19,6 +19,7 @@ def run(settings: RetrieverSettings, inputs: dict[str, Path], context: Context) 
     from simlm.data.store import Store
     from simlm.models.backbone import load_encoder
     from simlm.models.biencoder import BiEncoder
+    from simlm.models.vocabulary import check_vocabulary
     from simlm.rankings import Groups
     from simlm.training.contrastive import train_biencoder
     from simlm.training.initial import initial_model
@@ -35,6 +36,8 @@ def run(settings: RetrieverSettings, inputs: dict[str, Path], context: Context) 
     )
     tokenizer = store.tokenizer()
     start = initial_model(settings.initial, settings.model, inputs)
+    if start.start != "scratch":
+        check_vocabulary(start.start, tokenizer, revision=start.revision)
     encoder = load_encoder(start, seed=context.seed, dropout=settings.dropout, tokenizer=tokenizer)
     model = BiEncoder(encoder, settings.model.pooling)
     result = train_biencoder(model, store, groups, settings, context, description="train retriever")
