@@ -150,6 +150,8 @@ def search(
 ) -> None:
     """Search the corpus of a run; or, given a recipe, do its `search` steps."""
     if run_or_recipe.suffix == ".toml":
+        if query is not None:
+            raise SimlmError(f"{run_or_recipe}: a recipe does its search steps and takes no query; to ask one, give the folder of the run")
         _stage_command("search", run_or_recipe, changes, step)
         return
     if query is None:
@@ -158,6 +160,8 @@ def search(
         raise SimlmError("--bm25 and --hybrid exclude each other; leave both out for dense search")
     from simlm.searcher import Mode, open_run
 
+    if bm25 and retriever:
+        raise SimlmError("--retriever chooses a dense retriever, --bm25 uses none; leave one of them out")
     mode: Mode = "bm25" if bm25 else "hybrid" if hybrid else "dense"
     results = open_run(run_or_recipe, retriever=retriever, mode=mode, rerank=rerank).search(query, depth=depth)
     if as_json:
@@ -201,9 +205,11 @@ def _stage_command(stage: str, recipe: Path, changes: list[str] | None, names: l
     """Do the steps of one stage (or those named) and whatever they need that is not done yet."""
     from simlm.pipeline import make_plan, run_recipe
     from simlm.recipe import load_recipe
+    from simlm.runtime import join_processes
 
+    ranks = join_processes()
     loaded = load_recipe(recipe, changes)
-    the_plan = make_plan(loaded)
+    the_plan = ranks.from_first(lambda: make_plan(loaded))
     steps = [step.name for step in the_plan.steps if step.stage == stage]
     for name in names or []:
         if the_plan.step(name).stage != stage:
@@ -214,7 +220,7 @@ def _stage_command(stage: str, recipe: Path, changes: list[str] | None, names: l
     if not steps:
         raise SimlmError(f"{recipe}: has no {stage} step; `simlm plan {recipe}` shows the steps it has")
     folder = run_recipe(loaded, only=names or steps)
-    if stage == "evaluate":
+    if stage == "evaluate" and ranks.rank == 0:
         _print_report(folder)
 
 

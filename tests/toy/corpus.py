@@ -72,7 +72,7 @@ def write_msmarco(folder: Path, *, num_passages: int = 120, seed: int = 0) -> Pa
     folder.mkdir(parents=True, exist_ok=True)
     lines = [f"{passage['_id'][1:]}\t{passage['title']}\t{passage['text']}\n" for passage in passages]
     (folder / "collection.tsv").write_text("".join(lines), encoding="utf-8")
-    for split, name in (("train", "train"), ("test", "dev")):
+    for split, name in (("train", "train"), ("test", "dev.small")):
         rows = [number for number in range(num_passages) if (split_of(number) == "test") == (split == "test")]
         (folder / f"queries.{name}.tsv").write_text("".join(f"{n}\t{queries[n]['text']}\n" for n in rows), encoding="utf-8")
         (folder / f"qrels.{name}.tsv").write_text("".join(f"{n}\t0\t{n}\t1\n" for n in rows), encoding="utf-8")

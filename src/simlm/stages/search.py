@@ -175,6 +175,7 @@ def _dense_searcher(settings: SearchSettings, inputs: dict[str, Path], index: In
     import torch
 
     from simlm.models.biencoder import BiEncoder
+    from simlm.models.model_folder import read_model_folder
     from simlm.training.precision import autocast, resolve_bf16, training_device
 
     model = BiEncoder.load(open_artifact(inputs["model"], "model").path) if "model" in inputs else BiEncoder.load(settings.model)
@@ -196,4 +197,7 @@ def _dense_searcher(settings: SearchSettings, inputs: dict[str, Path], index: In
         return vectors_BD
 
     max_tokens = int(store.info["max_query_tokens"])
+    if "model" in inputs:
+        # As long as the model was trained with, and as long as it cuts them itself: what is measured is what is shipped.
+        max_tokens = min(max_tokens, read_model_folder(str(inputs["model"])).max_query_tokens or max_tokens)
     return _DenseSearcher(index, depth, encode, settings.batch_queries * max_tokens, store.tokenizer(), max_tokens)
