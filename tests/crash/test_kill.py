@@ -19,7 +19,7 @@ NUM_KILLS = 4
 
 
 def command(folder: Path, output: str) -> list[str]:
-    changes = [*TINY, f"data.path={json.dumps(str(folder / 'data'))}", f"output={json.dumps(str(folder / output))}"]
+    changes = [*TINY, f"data.path={json.dumps(str(folder / 'data'))}", f"output={json.dumps(str(folder / output / 'run'))}"]
     # Checkpoints at every step, so that a kill in training is followed by a resumed training, not by a new one.
     changes += [
         f"{section}.training.save_steps=1" for section in ("generator", "pretrain", "retriever1", "retriever2", "reranker", "distilled")
@@ -61,10 +61,10 @@ def test_killed_runs_end_like_an_undisturbed_one(tmp_path: Path) -> None:
             process.communicate()
     final = subprocess.run(command(tmp_path, "killed"), check=False, env=environment, capture_output=True, text=True)
     assert final.returncode == 0, f"after kills at {moments} s: {final.stderr[-3000:]}"
-    assert results(tmp_path / "killed") == results(tmp_path / "undisturbed"), f"kills at {moments} s"
+    assert results(tmp_path / "killed" / "run") == results(tmp_path / "undisturbed" / "run"), f"kills at {moments} s"
     leftovers = [
         entry.name
-        for entry in (tmp_path / "killed").iterdir()
+        for entry in (tmp_path / "killed" / "run").iterdir()
         if entry.name.startswith(".") and entry.name not in (".digests.json", ".lock")
     ]
     assert leftovers == []
