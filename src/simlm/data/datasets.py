@@ -118,7 +118,8 @@ def find_splits(settings: DataSettings) -> list[Split]:
     """Splits that the prepared store will have: those with judgements, and dev where it is set apart from train."""
     loader = open_dataset(settings)
     splits = loader.splits()
-    if "train" in splits:
+    if "train" in splits and settings.dataset != "python-docs":
+        # python-docs gives every training query a passage, and would take long to look at.
         usable = _training_queries(loader, 2)
         if usable == 0:
             splits = [split for split in splits if split != "train"]
