@@ -28,7 +28,6 @@ from simlm.artifacts import (
     json_digest,
     open_artifact,
     peak_memory_bytes,
-    read_manifest,
     reset_peak_memory,
     sweep,
     write_json,
@@ -523,4 +522,4 @@ class _Planner:
         self.steps.append(Step(name, stage, settings, inputs, outside, fingerprint))
 
 
-__all__ = ["Plan", "Step", "make_plan", "read_manifest", "run_folder", "run_recipe", "run_step"]
+__all__ = ["Plan", "Step", "make_plan", "run_folder", "run_recipe", "run_step"]

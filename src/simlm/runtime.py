@@ -22,7 +22,7 @@ def tune_allocator() -> bool:
     """Keep freed memory in the process instead of handing every large tensor back to the kernel; True if it was done.
 
     glibc maps each large block anew and unmaps it when it is freed, so that every elementwise operation on CPU tensors pays page
-    faults: on two cores a fine-tuning step took 13.3 s so and 4.9 s with these settings. Linux with glibc only. Memory given back at
+    faults. Linux with glibc only. Memory given back at
     the boundaries between steps (`release_memory`) keeps the resident set near what is used. SIMLM_MALLOC=0 turns it off.
     """
     if not sys.platform.startswith("linux") or os.environ.get("SIMLM_MALLOC") == "0":
