@@ -131,7 +131,7 @@ def _estimate_training(step: Step, sizes: Sizes, shape: Shape, rate: float) -> E
     length = sizes.passage_tokens
     head = 0.0
     if isinstance(settings, GeneratorSettings):
-        if settings.source != "train":
+        if settings.source != "train":  # "random", or a copy
             return Estimate(5, PROCESS_BYTES, 8.0 * shape.parameters)
         shape = Shape(settings.num_hidden_layers, settings.hidden_size, settings.intermediate_size, shape.vocabulary)
         examples, per_step = sizes.num_passages, settings.passages_per_step
@@ -141,8 +141,11 @@ def _estimate_training(step: Step, sizes: Sizes, shape: Shape, rate: float) -> E
     elif isinstance(settings, PretrainSettings):
         examples, per_step = sizes.num_passages, settings.passages_per_step
         tokens = per_step * length
-        head = 2 * shape.head_flops(tokens)
-        layers = 1 + settings.decoder_layers / max(shape.layers, 1)
+        if "none" in settings.objective_weights:
+            return Estimate(5, PROCESS_BYTES + 4.0 * shape.parameters, 6.0 * shape.parameters)
+        head_rows, decoder_layers, passes = _objective_costs(settings)
+        head = head_rows * shape.head_flops(tokens)
+        layers = passes + decoder_layers / max(shape.layers, 1)
     elif isinstance(settings, RetrieverSettings):
         examples, per_step = sizes.num_queries.get("train", 0), settings.queries_per_step
         tokens = per_step * (sizes.query_tokens + settings.group_size * length)
@@ -162,6 +165,26 @@ def _estimate_training(step: Step, sizes: Sizes, shape: Shape, rate: float) -> E
     return Estimate(
         5 + flops / rate + steps * weights / 4e9, PROCESS_BYTES + 4 * weights + activations, weights * (1 + 3 * training.save_total_limit)
     )
+
+
+def _objective_costs(settings: PretrainSettings) -> tuple[float, int, float]:
+    """(rows of the vocabulary-wide head a token, decoder layers, passes of the encoder) of a recipe's objectives."""
+    encoder, decoder, depth = settings.encoder_mask_rate, settings.decoder_mask_rate, settings.decoder_layers
+    costs: dict[str, tuple[float, int, float]] = {
+        "replaced_lm": (2.0, depth, 1.0),
+        "enc_dec_mlm": (encoder + decoder, depth, 1.0),
+        "enc_dec_rtd": (0.0, depth, 1.0),
+        "condenser": (2 * encoder, depth, 1.0),
+        "cocondenser": (2 * encoder, depth, 1.33),
+        "autoencoder": (encoder + 1, depth, 1.0),
+        "retromae": (encoder + 1, 1, 1.0),
+        "dupmae": (encoder + 2, 1, 1.0),
+        "context": (encoder + decoder, depth, 1.0),
+        "ict": (0.0, 0, 1.33),
+        "cropping": (0.0, 0, 1.33),
+    }
+    found = [costs.get(name, (encoder, 0, 1.0)) for name in settings.objective_weights]
+    return max(head for head, _, _ in found), sum(layers for _, layers, _ in found), max(passes for _, _, passes in found)
 
 
 @functools.cache

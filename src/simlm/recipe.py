@@ -19,6 +19,27 @@ from simlm.types import SPLITS, Split
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
+OBJECTIVE_NAMES = (
+    "replaced_lm",
+    "enc_dec_mlm",
+    "enc_dec_rtd",
+    "condenser",
+    "cocondenser",
+    "autoencoder",
+    "retromae",
+    "dupmae",
+    "bow",
+    "context",
+    "ict",
+    "cropping",
+    "masked_lm",
+    "none",
+)
+"""The rows of simlm.objectives.OBJECTIVES (a test compares them); known here without importing torch."""
+
+SAMPLING_OBJECTIVES = frozenset({"replaced_lm", "enc_dec_rtd"})
+"""Those that read samples of a generator (a test compares them with the classes)."""
+
 
 class Section(BaseModel):
     """A section: no unknown keys, no silent conversions of type, never changed after it is read."""
@@ -132,7 +153,8 @@ class GeneratorSettings(Section):
     """The masked-LM generator that replaced LM samples from (method.md section 1)."""
 
     source: str = "train"
-    """ "train" = train a small one on the corpus; otherwise a path or hub id of a masked LM with the same vocabulary."""
+    """ "train" = train a small one on the corpus; "random" = the same shape with fresh weights, never trained; otherwise a path or hub
+    id of a masked LM with the same vocabulary."""
     hidden_size: PositiveInt = 128
     num_hidden_layers: PositiveInt = 2
     num_attention_heads: PositiveInt = 4
@@ -145,17 +167,43 @@ class GeneratorSettings(Section):
     training: TrainingSettings = Field(default_factory=TrainingSettings)
 
 
+class ProbeSettings(Section):
+    """The retrieval probe of pre-training: does `[CLS]` find a held-out passage by its title or its first sentence, without labels?"""
+
+    num_passages: Annotated[int, Field(ge=0)] = 512
+    """Held-out passages searched, each also a query; 0 turns the probe off."""
+    query: Literal["auto", "title", "first_sentence"] = "auto"
+    """What asks for a passage: its title, or its first sentence (the rest is then searched); "auto" = titles where most passages have
+    one of their own."""
+
+
 class PretrainSettings(Section):
     """Pre-training with the representation bottleneck."""
 
     initial: str = "start"
     """ "start" = the model of [model]; or a path or hub id; or a pre-trained artifact to continue from (decoder and head come along)."""
     model: ModelSettings = Field(default_factory=ModelSettings)
-    objective: Literal["replaced_lm"] = "replaced_lm"
+    objective: str | dict[str, float] = "replaced_lm"
+    """A name of simlm.objectives.OBJECTIVES, or a table of names and weights: { replaced_lm = 1.0, bow = 0.1 }. The first decides what
+    the encoder reads and its own loss, the others add theirs on the same encoder pass."""
     encoder_mask_rate: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.3
     decoder_mask_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    masking: Literal["whole_word", "token", "span", "idf"] = "whole_word"
+    """What is masked together: words (the paper), single tokens, spans of words (arXiv 1907.10529), or words drawn by their rarity."""
     decoder_layers: PositiveInt = 2
+    skip_layer: PositiveInt | None = None
+    """condenser, cocondenser: the early layer whose states enter the head; none = half of the layers (arXiv 2104.08253)."""
+    contrast_temperature: Annotated[float, Field(gt=0)] = 0.05
+    """cocondenser, ict, cropping: divides the cosines of the spans' contrast (arXiv 2112.09118, table 6)."""
+    generator: Literal["frozen", "joint", "self"] = "frozen"
+    """ "frozen" as the generator step left it; "joint" = trained along by its own masked-LM loss; "self" = a copy of the encoder and its
+    head, taken anew every `self_refresh_steps`."""
+    generator_weight: Annotated[float, Field(ge=0)] = 0.2
+    """Of the joint generator's loss (method.md section 1)."""
+    self_refresh_steps: PositiveInt = 100
     generator_temperature: Annotated[float, Field(gt=0)] = 1.0
+    softmax: Literal["vocabulary", "corpus"] = "vocabulary"
+    """ "corpus" = the losses' softmax runs over the token ids that occur in the corpus only: another loss, cheaper by what never occurs."""
     passages_per_step: PositiveInt = 2048
     micro_batch_tokens: PositiveInt = 16384
     """Tokens (padding included) that go through the model at once; memory depends on this, the result does not."""
@@ -163,7 +211,41 @@ class PretrainSettings(Section):
     """Dropout of encoder and decoder; none = the checkpoint's own."""
     held_out_passages: Annotated[int, Field(ge=0)] = 4096
     """Passages kept out of training for the dev loss (the reference code's number; at most a tenth of the corpus)."""
+    probe: ProbeSettings = Field(default_factory=ProbeSettings)
+    spike_ratio: Annotated[float, Field(gt=1.0)] | None = 2.0
+    """A step whose loss is more than this many times the running mean is skipped and logged; none = never."""
+    max_spikes: PositiveInt = 10
+    """Skipped steps in a row after which training stops."""
+    keep_optimizer: bool = False
+    """Keep the optimiser's state beside the weights (twice their size), for continuing later; continuing uses it where it is there."""
+    best_by: Literal["last", "loss", "probe"] = "last"
+    """Which weights are kept: those of the last step, or of the dev measure that was best by held-out loss or by the probe's RR@10."""
     training: TrainingSettings = Field(default_factory=TrainingSettings)
+
+    @field_validator("objective")
+    @classmethod
+    def _known_objectives(cls, objective: str | dict[str, float]) -> str | dict[str, float]:
+        names = {objective: 1.0} if isinstance(objective, str) else objective
+        if not names:
+            raise ValueError("an empty table; name an objective, for example { replaced_lm = 1.0, bow = 0.1 }")
+        for name, weight in names.items():
+            if name not in OBJECTIVE_NAMES:
+                raise ValueError(f"unknown objective {name!r}{nearest(name, OBJECTIVE_NAMES)} (known: {', '.join(OBJECTIVE_NAMES)})")
+            if not weight > 0:
+                raise ValueError(f"the weight of {name!r} is {weight}, a number above 0 was expected; leave the objective out instead")
+        if "none" in names and len(names) > 1:
+            raise ValueError('"none" trains nothing and cannot be combined with other objectives')
+        return objective
+
+    @property
+    def objective_weights(self) -> dict[str, float]:
+        """name -> weight, in the recipe's order."""
+        return {self.objective: 1.0} if isinstance(self.objective, str) else dict(self.objective)
+
+    @property
+    def needs_generator(self) -> bool:
+        """Whether any objective reads samples of the generator step's model."""
+        return self.generator != "self" and not SAMPLING_OBJECTIVES.isdisjoint(self.objective_weights)
 
     @model_validator(mode="after")
     def _nested_masks(self) -> PretrainSettings:
@@ -322,6 +404,55 @@ class EvaluateSettings(Section):
     """Queries shown among wins and among losses."""
 
 
+class CompareSettings(Section):
+    """The grid of `simlm compare-objectives`: pre-training and retriever 1 for each row of the paper's ablation tables."""
+
+    objectives: list[str | dict[str, float]] = Field(default_factory=lambda: list[str | dict[str, float]](OBJECTIVE_NAMES))
+    """Rows of the first table; each is what `pretrain.objective` takes. An empty list leaves a table out."""
+    main: str = "replaced_lm"
+    """The row that the others are compared with. It gets all seeds, and so do the rows of the other tables that stand for it."""
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(default_factory=lambda: [42, 43, 44])
+    """Of pre-training and of the retriever; all else keeps the recipe's seed."""
+    seeds_of_others: PositiveInt = 1
+    """How many of the seeds the other rows get."""
+    replace_rates: list[Annotated[list[float], Field(min_length=2, max_length=2)]] = Field(
+        default_factory=lambda: [[0.15, 0.3], [0.3, 0.3], [0.3, 0.5], [0.4, 0.6], [0.3, 1.0]]
+    )
+    """[encoder, decoder] mask rates of replaced_lm (method.md section 1)."""
+    generators: list[Literal["frozen", "joint", "random", "self"]] = Field(
+        default_factory=lambda: list[Literal["frozen", "joint", "random", "self"]](["frozen", "joint", "random"])
+    )
+    """Generators of replaced_lm: the recipe's own, frozen or trained along; one of random weights; the encoder's own head."""
+    mismatched: DataSettings | None = None
+    """Another corpus to pre-train on (its queries are not used), with the same tokenizer; none leaves the table out."""
+    budget: Literal["data", "tokens", "time"] = "data"
+    """What is equal for all rows: passages and steps; tokens through encoder and decoder layers; or seconds of training steps."""
+    calibration_steps: Annotated[int, Field(ge=2)] = 8
+    """budget = "time": steps that are timed for each row, once."""
+    keep_models: bool = True
+    """Keep the models of measured rows; vectors, indexes and runs are dropped in any case."""
+
+    @field_validator("objectives")
+    @classmethod
+    def _known_objectives(cls, objectives: list[str | dict[str, float]]) -> list[str | dict[str, float]]:
+        return [PretrainSettings._known_objectives(objective) for objective in objectives]
+
+    @field_validator("replace_rates")
+    @classmethod
+    def _nested_rates(cls, rates: list[list[float]]) -> list[list[float]]:
+        for encoder, decoder in rates:
+            if not 0 < encoder < 1 or not encoder <= decoder <= 1:
+                raise ValueError(f"[{encoder}, {decoder}]: expected 0 < encoder < 1 and encoder <= decoder <= 1, for example [0.3, 0.5]")
+        return rates
+
+    @field_validator("seeds")
+    @classmethod
+    def _different_seeds(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("a seed is there twice; equal seeds give equal results")
+        return seeds
+
+
 class Recipe(Section):
     """A whole recipe."""
 
@@ -348,6 +479,7 @@ class Recipe(Section):
     rerank: RerankSettings = Field(default_factory=RerankSettings)
     hybrid: FuseSettings = Field(default_factory=FuseSettings)
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
+    compare: CompareSettings = Field(default_factory=CompareSettings)
     skip: list[Literal["pretrain", "retriever2", "reranker", "distilled", "start", "hybrid"]] = Field(default_factory=list)
     """Parts of the pipeline left out; what depends on a part left out goes with it or falls back on the part before."""
 

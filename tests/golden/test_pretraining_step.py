@@ -12,11 +12,13 @@ from torch.nn.functional import cross_entropy
 
 from simlm.data.batches import TokenBatch, collate
 from simlm.models.backbone import encoder_of, load_masked_lm
-from simlm.objectives.bottleneck import Bottleneck
+from simlm.objectives.bottleneck import Decoder
 from simlm.objectives.generator import Generator
 from simlm.objectives.masking import Draws
-from simlm.objectives.replaced_lm import ReplacedLM, ReplacedViews
+from simlm.objectives.pretraining import Pretraining
+from simlm.objectives.replaced_lm import ReplacedLM
 from simlm.objectives.steps import Feeding
+from simlm.objectives.views import PretrainViews
 from simlm.recipe import ModelSettings
 from tests.conftest import build_store, tiny_passages
 
@@ -48,7 +50,13 @@ def test_one_step_equals_the_plain_algorithm(family: str, fixture: str, request:
     config = {"model_type": family, **SHAPE}
     masked_lm = load_masked_lm(ModelSettings(start="scratch", config=config), tokenizer=tokenizer, seed=1)
     small = load_masked_lm(ModelSettings(start="scratch", config=config | {"num_hidden_layers": 1}), tokenizer=tokenizer, seed=2)
-    objective = ReplacedLM(Bottleneck(masked_lm), Generator(small, tokenizer, temperature=1.3), ReplacedViews(0.3, 0.5))
+    objective = Pretraining(
+        masked_lm,
+        {"replaced_lm": ReplacedLM(Decoder(masked_lm))},
+        mask_token_id=int(tokenizer.mask_token_id),
+        views=PretrainViews(0.3, 0.5, sampled=True),
+        generator=Generator(small, tokenizer, temperature=1.3),
+    )
     feeding = Feeding(store.passages, objective.views(), 150, token_types=family == "bert", seed=SEED)
 
     micro_batches = feeding.micro_batches(ROWS, np.full(len(ROWS), EPOCH))
@@ -73,7 +81,7 @@ def test_one_step_equals_the_plain_algorithm(family: str, fixture: str, request:
 
 
 def plain_step(
-    objective: ReplacedLM, passages: list[TokenBatch], tokenizer: PreTrainedTokenizerFast
+    objective: Pretraining, passages: list[TokenBatch], tokenizer: PreTrainedTokenizerFast
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Losses of the method's section 1 over single passages, and the share of tokens that were replaced by another."""
     encoder_sum, decoder_sum, num_tokens = torch.zeros(()), torch.zeros(()), 0
@@ -89,12 +97,12 @@ def plain_step(
         encoder_ids = plain_replace(objective.generator, ids, types, encoder_mask, orders[2], tokenizer)
         decoder_ids = plain_replace(objective.generator, ids, types, decoder_mask, orders[3], tokenizer)
 
-        masked_lm = objective.bottleneck.masked_lm
+        masked_lm = objective.masked_lm
         extra = {} if types is None else {"token_type_ids": types}
         output = masked_lm(input_ids=encoder_ids, output_hidden_states=True, **extra)
         embedded = encoder_of(masked_lm).embeddings(input_ids=decoder_ids, **extra)
         hidden = torch.cat([output.hidden_states[-1][:, :1], embedded[:, 1:]], dim=1)
-        for layer in objective.bottleneck.decoder:
+        for layer in objective.objectives.replaced_lm.decoder.layers:
             hidden = layer(hidden)
         decoder_logits = head(masked_lm)(hidden)
         for position in range(width):

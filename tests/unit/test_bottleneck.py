@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 
 from simlm.errors import ModelError
-from simlm.models.backbone import encoder_of, layers_of, load_masked_lm
-from simlm.objectives.bottleneck import Bottleneck
+from simlm.models.backbone import embed, encoder_of, layer_inputs, layers_of, load_masked_lm, run_encoder
+from simlm.objectives.bottleneck import Decoder
 from simlm.recipe import ModelSettings
 from tests.unit.test_backbone import CONFIGS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 torch.set_num_threads(1)
 
 
-def bottleneck(family: str, num_decoder_layers: int = 2) -> Bottleneck:
+class Both(torch.nn.Module):
+    """Encoder and decoder as `Pretraining` and `ReplacedLM` run them."""
+
+    def __init__(self, masked_lm: PreTrainedModel, num_layers: int) -> None:
+        super().__init__()
+        self.masked_lm = masked_lm
+        self.decoder = Decoder(masked_lm, num_layers)
+
+    def forward(self, encoder_ids: torch.Tensor, decoder_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        encoder = encoder_of(self.masked_lm)
+        hidden = embed(encoder, encoder_ids)
+        inputs = layer_inputs(encoder, hidden, None)
+        hidden = run_encoder(encoder, hidden, inputs)
+        return hidden, self.decoder(hidden[:, 0], embed(encoder, decoder_ids), inputs)
+
+
+def bottleneck(family: str, num_decoder_layers: int = 2) -> Both:
     settings = ModelSettings(start="scratch", config=CONFIGS[family])
-    return Bottleneck(load_masked_lm(settings, vocab_size=60, dropout=0.0), num_decoder_layers=num_decoder_layers)
+    return Both(load_masked_lm(settings, vocab_size=60, dropout=0.0), num_decoder_layers)
 
 
 @pytest.mark.parametrize("family", CONFIGS)

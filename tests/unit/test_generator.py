@@ -72,11 +72,12 @@ def test_only_masked_positions_change(tiny_wordpiece: PreTrainedTokenizerFast) -
     ids = torch.randint(5, len(tiny_wordpiece), (3, 9))
     positions = torch.tensor([1, 4, 9 + 2, 18 + 8])
     uniforms = torch.rand(4)
-    sampled = generator(ids, None, None, positions, uniforms)
+    sampled, loss = generator.replace(ids, None, None, positions, uniforms)
+    assert float(loss) == 0.0
     changed = (sampled != ids).flatten().nonzero().flatten().tolist()
     assert set(changed) <= set(positions.tolist())
-    assert torch.equal(sampled, generator(ids, None, None, positions, uniforms))
-    many = torch.stack([generator(ids, None, None, positions, torch.rand(4)) for _ in range(300)])
+    assert torch.equal(sampled, generator.replace(ids, None, None, positions, uniforms)[0])
+    many = torch.stack([generator.replace(ids, None, None, positions, torch.rand(4))[0] for _ in range(300)])
     special = set(tiny_wordpiece.all_special_ids) - {tiny_wordpiece.unk_token_id}
     assert not special & set(many.flatten().tolist())
     assert len(set(many[:, 0, 1].tolist())) > 50  # an untrained generator spreads over the vocabulary

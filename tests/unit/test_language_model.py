@@ -10,7 +10,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, embedding
 
 from simlm.errors import ShapeError
-from simlm.losses.language_model import chunked_cross_entropy, cross_entropy_and_rows, default_chunk_rows, token_losses
+from simlm.losses.language_model import (
+    bag_of_words_cross_entropy,
+    chunked_cross_entropy,
+    cross_entropy_and_rows,
+    default_chunk_rows,
+    token_losses,
+)
 
 torch.set_num_threads(1)
 
@@ -103,6 +109,64 @@ def test_rows_come_without_gradient() -> None:
     assert not rows.requires_grad
     torch.testing.assert_close(rows.sum(), total.detach())
     torch.testing.assert_close(rows, token_losses(features, weight, bias, labels)[0])
+
+
+@pytest.mark.parametrize("chunk_rows", [4, 100])
+def test_row_weights(chunk_rows: int) -> None:
+    features, weight, bias, labels = _tensors()
+    weights = torch.rand(len(labels), generator=torch.Generator().manual_seed(5)) * 3 - 1
+    weights[2] = 0.0
+    total, rows = cross_entropy_and_rows(features, weight, bias, labels, chunk_rows, row_weights_N=weights)
+    (total / 7).backward()
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (features, weight, bias)]
+    plain = cross_entropy(leaves[0] @ leaves[1].T + leaves[2], labels, reduction="none")
+    ((plain * weights).sum() / 7).backward()
+    torch.testing.assert_close(rows, plain.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(total, (plain * weights).sum(), rtol=1e-5, atol=1e-5)
+    for tensor, leaf in zip((features, weight, bias), leaves, strict=True):
+        torch.testing.assert_close(tensor.grad, leaf.grad, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ShapeError, match="one weight a row"):
+        cross_entropy_and_rows(features, weight, bias, labels, row_weights_N=weights[:3])
+
+
+def test_bag_of_words_by_hand() -> None:
+    # Row 0 has logits (0, ln 3): probabilities 1/4, 3/4; row 1 has (0, 0). Bags {0, 1} and {1}; row 2's is empty.
+    features, weight = torch.tensor([[1.0], [0.0], [5.0]]).requires_grad_(), torch.tensor([[0.0], [math.log(3.0)]])
+    loss = bag_of_words_cross_entropy(features, weight, None, torch.tensor([1, 0, 1]), torch.tensor([0, 0, 1]), 3)
+    assert loss.tolist() == pytest.approx([(math.log(4.0) + math.log(4.0 / 3.0)) / 2, math.log(2.0), 0.0], rel=1e-6)
+    loss.sum().backward()
+    # d/dx of log(1 + e^(x ln 3)) - x ln 3 / 2 at 1, of the same without the half at 0.
+    assert features.grad is not None
+    assert features.grad.flatten().tolist() == pytest.approx([math.log(3.0) * (0.75 - 0.5), math.log(3.0) * (0.5 - 1.0), 0.0], rel=1e-5)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 4, 23, None])
+def test_bag_of_words_equals_soft_labels(chunk_rows: int | None) -> None:
+    features, weight, bias, _ = _tensors()
+    in_bag = torch.rand(23, 37, generator=torch.Generator().manual_seed(1)) < 0.2
+    in_bag[:, 5] = True
+    rows, tokens = in_bag.nonzero(as_tuple=True)
+    mixed = torch.randperm(len(rows), generator=torch.Generator().manual_seed(2))
+    upstream = torch.linspace(-1.0, 2.0, 23)
+    loss = bag_of_words_cross_entropy(features, weight, bias, tokens[mixed], rows[mixed], 23, chunk_rows)
+    (loss * upstream).sum().backward()
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (features, weight, bias)]
+    soft = in_bag.float() / in_bag.sum(1, keepdim=True)
+    plain = cross_entropy(leaves[0] @ leaves[1].T + leaves[2], soft, reduction="none")
+    (plain * upstream).sum().backward()
+    torch.testing.assert_close(loss, plain, rtol=1e-5, atol=1e-5)
+    for tensor, leaf in zip((features, weight, bias), leaves, strict=True):
+        torch.testing.assert_close(tensor.grad, leaf.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_bag_of_words_shapes() -> None:
+    features, weight, bias, _ = _tensors()
+    nothing = torch.zeros(0, dtype=torch.int64)
+    assert bag_of_words_cross_entropy(features[:0], weight, bias, nothing, nothing, 0).shape == (0,)
+    with pytest.raises(ShapeError, match="do not fit"):
+        bag_of_words_cross_entropy(features, weight, bias, nothing, nothing, 5)
+    with pytest.raises(ShapeError, match="flat lists"):
+        bag_of_words_cross_entropy(features, weight, bias, nothing, torch.zeros(1, dtype=torch.int64), 23)
 
 
 def test_token_losses() -> None:

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from simlm.models.backbone import load_masked_lm
-from simlm.objectives.bottleneck import Bottleneck
+from simlm.objectives.bottleneck import Decoder
 from simlm.objectives.generator import Generator
-from simlm.objectives.masked_lm import MaskedLM, MaskedViews
-from simlm.objectives.replaced_lm import ReplacedLM, ReplacedViews
+from simlm.objectives.masked_lm import MaskedLM
+from simlm.objectives.pretraining import Pretraining
+from simlm.objectives.replaced_lm import ReplacedLM
 from simlm.objectives.steps import Feeding, PassageSteps, held_out_measures, token_counts
+from simlm.objectives.views import PretrainViews
 from simlm.recipe import ModelSettings
 from tests.unit.test_backbone import CONFIGS
 
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 torch.set_num_threads(1)
 
-VIEWS = ReplacedViews(0.3, 0.5)
+VIEWS = PretrainViews(0.3, 0.5, sampled=True)
 
 
 def feeding(store: Store, micro_batch_tokens: int = 300, seed: int = 1) -> Feeding:
@@ -38,12 +40,18 @@ def steps(store: Store, *, passages_per_step: int = 25, micro_batch_tokens: int 
     return PassageSteps(feeding(store, micro_batch_tokens, seed), rows, passages_per_step=passages_per_step, num_steps=10)
 
 
-def model(store: Store) -> ReplacedLM:
+def model(store: Store) -> Pretraining:
     tokenizer = store.tokenizer()
     config = CONFIGS["bert"] | {"max_position_embeddings": 64, "initializer_range": 0.3}
     settings = ModelSettings(start="scratch", config=config)
-    bottleneck = Bottleneck(load_masked_lm(settings, tokenizer=tokenizer, dropout=0.0))
-    return ReplacedLM(bottleneck, Generator(load_masked_lm(settings, tokenizer=tokenizer, seed=1), tokenizer), VIEWS)
+    masked_lm = load_masked_lm(settings, tokenizer=tokenizer, dropout=0.0)
+    return Pretraining(
+        masked_lm,
+        {"replaced_lm": ReplacedLM(Decoder(masked_lm))},
+        mask_token_id=int(tokenizer.mask_token_id),
+        views=VIEWS,
+        generator=Generator(load_masked_lm(settings, tokenizer=tokenizer, seed=1), tokenizer),
+    )
 
 
 def test_every_passage_once_an_epoch(tiny_store: Store) -> None:
@@ -126,15 +134,14 @@ def test_gradients_do_not_depend_on_the_cut(tiny_store: Store) -> None:
 
 
 def test_masked_lm_counts_its_budget(tiny_store: Store) -> None:
-    views = MaskedViews(0.3)
+    views = PretrainViews(0.3)
     fed = Feeding(tiny_store.passages, views, 500, True, 3)
     micro_batches = fed.micro_batches(np.arange(60), np.zeros(60, dtype=np.int64))
-    masked = sum(len(micro_batch["positions"]) for micro_batch in micro_batches)
-    assert 0.97 * micro_batches[0]["step_masked"] <= masked <= micro_batches[0]["step_masked"]
+    masked = sum(len(micro_batch["encoder_positions"]) for micro_batch in micro_batches)
+    assert 0.97 * micro_batches[0]["step_encoder_masked"] <= masked <= micro_batches[0]["step_encoder_masked"]
     settings = ModelSettings(start="scratch", config=CONFIGS["electra"] | {"max_position_embeddings": 64})
-    task = MaskedLM(
-        load_masked_lm(settings, tokenizer=tiny_store.tokenizer(), dropout=0.0), int(tiny_store.tokenizer().mask_token_id), views
-    )
+    masked_lm = load_masked_lm(settings, tokenizer=tiny_store.tokenizer(), dropout=0.0)
+    task = Pretraining(masked_lm, {"masked_lm": MaskedLM()}, mask_token_id=int(tiny_store.tokenizer().mask_token_id), views=views)
     loss = sum(task(**micro_batch)["loss"].item() for micro_batch in micro_batches)
     dev = held_out_measures(task, fed, np.arange(60), torch.no_grad, torch.device("cpu"))
     assert dev is not None

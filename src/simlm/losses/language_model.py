@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from simlm.errors import ShapeError
 
@@ -34,14 +35,77 @@ def chunked_cross_entropy(
 
 
 def cross_entropy_and_rows(
-    features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_N: Tensor, chunk_rows: int | None = None
+    features_NH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    labels_N: Tensor,
+    chunk_rows: int | None = None,
+    *,
+    row_weights_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(what `chunked_cross_entropy` returns, the loss_N of each row without gradient): to log parts of a sum made in one pass."""
+    """(sum over rows of row_weights_N x loss_N with gradient, the unweighted loss_N without): parts of a sum made in one pass.
+
+    row_weights_N: any real numbers, constants; None = 1 for every row, which is what `chunked_cross_entropy` returns.
+    Other arguments, and errors, as there.
+    """
     _check_shapes(features_NH, weight_VH, bias_V, labels_N)
+    if row_weights_N is not None and row_weights_N.shape != labels_N.shape:
+        raise ShapeError(
+            f"chunked cross-entropy: {tuple(row_weights_N.shape)} row weights for {tuple(labels_N.shape)} labels; expected one weight a row"
+        )
     rows = chunk_rows or default_chunk_rows(weight_VH)
     wanted = tuple(torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in (features_NH, weight_VH, bias_V))
-    loss, loss_N = _ChunkedCrossEntropy.apply(features_NH, weight_VH, bias_V, labels_N, rows, wanted)  # type: ignore[no-untyped-call]
+    loss, loss_N = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        features_NH, weight_VH, bias_V, labels_N, row_weights_N, rows, wanted
+    )
     return loss, loss_N
+
+
+def bag_of_words_cross_entropy(
+    features_BH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    tokens: Tensor,
+    rows: Tensor,
+    num_rows: int,
+    chunk_rows: int | None = None,
+) -> Tensor:
+    """loss_B (fp32, nats, with gradient): of each row, the mean over its bag's tokens v of -log softmax(logits_B)_v.
+
+    Source: "Drop your Decoder", arXiv 2401.11248, section 4. A row without any token has loss 0 and no gradient.
+    tokens, rows: int64 [pairs]; token tokens[i] is in the bag of row rows[i], each pair at most once. num_rows: B.
+    chunk_rows: rows whose logits exist at a time (they are made again on the way back); None = as many as CHUNK_BYTES hold.
+    Raises ShapeError if the shapes do not fit.
+    """
+    _check_shapes(features_BH, weight_VH, bias_V, rows.new_empty(num_rows))
+    if tokens.ndim != 1 or tokens.shape != rows.shape:
+        raise ShapeError(f"bag of words: {tuple(tokens.shape)} tokens and {tuple(rows.shape)} rows; flat lists of one length are needed")
+    if num_rows == 0:
+        return features_BH.sum(1).float()
+    chunk = chunk_rows or default_chunk_rows(weight_VH)
+    if num_rows <= chunk:
+        return _bag_losses(features_BH, weight_VH, bias_V, tokens, rows)
+    order = torch.argsort(rows, stable=True)
+    tokens, rows = tokens[order], rows[order]
+    starts = torch.arange(0, num_rows, chunk, device=rows.device)
+    pairs = torch.diff(torch.searchsorted(rows, starts), append=torch.tensor([len(rows)], device=rows.device)).tolist()
+    losses = [
+        checkpoint(
+            _bag_losses, features_CH, weight_VH, bias_V, tokens_C, rows_C - number * chunk, use_reentrant=False, preserve_rng_state=False
+        )
+        for number, (features_CH, tokens_C, rows_C) in enumerate(
+            zip(torch.split(features_BH, chunk), torch.split(tokens, pairs), torch.split(rows, pairs), strict=True)
+        )
+    ]
+    return torch.cat(losses)
+
+
+def _bag_losses(features_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, tokens: Tensor, rows: Tensor) -> Tensor:
+    logits_CV = logits_fp32(features_CH, weight_VH, bias_V)
+    # -log softmax_v = log-sum-exp - logit_v, and the mean of the second over a bag is all that the bag is needed for.
+    counts_C = torch.bincount(rows, minlength=len(logits_CV))
+    sums_C = logits_CV.new_zeros(len(logits_CV)).index_add(0, rows, logits_CV[rows, tokens])
+    return torch.where(counts_C > 0, logits_CV.logsumexp(1) - sums_C / counts_C.clamp_min(1), 0.0)
 
 
 @torch.no_grad()
@@ -85,6 +149,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight_VH: Tensor,
         bias_V: Tensor | None,
         labels_N: Tensor,
+        row_weights_N: Tensor | None,
         chunk_rows: int,
         wanted: tuple[bool, bool, bool],
     ) -> tuple[Tensor, Tensor]:
@@ -92,11 +157,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VH.dtype
         with torch.autocast(device, enabled=False):
             loss_N, gradients = _loss_and_gradients(
-                features_NH, weight_VH, bias_V, labels_N, chunk_rows=chunk_rows, wanted=wanted, dtype=dtype
+                features_NH, weight_VH, bias_V, labels_N, row_weights_N, chunk_rows=chunk_rows, wanted=wanted, dtype=dtype
             )
         ctx.gradients = gradients
         ctx.mark_non_differentiable(loss_N)
-        return loss_N.sum(), loss_N
+        return loss_N.sum() if row_weights_N is None else torch.dot(loss_N, row_weights_N.float()), loss_N
 
     @staticmethod
     @once_differentiable
@@ -104,7 +169,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("chunked_cross_entropy: its gradients are made once and used once; call it again for a second backward")
-        return *(None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients), None, None, None
+        return *(None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients), None, None, None, None
 
 
 def _loss_and_gradients(
@@ -112,6 +177,7 @@ def _loss_and_gradients(
     weight_VH: Tensor,
     bias_V: Tensor | None,
     labels_N: Tensor,
+    row_weights_N: Tensor | None,
     *,
     chunk_rows: int,
     wanted: tuple[bool, bool, bool],
@@ -141,6 +207,8 @@ def _loss_and_gradients(
         if not any(wanted):
             continue
         grad_CV = probabilities_CV.scatter_add_(1, labels_C1, torch.full_like(labels_C1, -1, dtype=torch.float32))
+        if row_weights_N is not None:
+            grad_CV.mul_(row_weights_N[start:stop, None])
         if grad_bias is not None:
             grad_bias += grad_CV.sum(0)
         grad_CV = grad_CV.to(dtype)

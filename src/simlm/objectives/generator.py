@@ -1,6 +1,7 @@
 """The masked language model that proposes replacements, and exact sampling from it at low cost.
 
-Source: SimLM, arXiv 2207.02578, section 3.1: an ELECTRA generator, frozen, temperature 1, masked positions only.
+Source: SimLM, arXiv 2207.02578, section 3.1: an ELECTRA generator, frozen, temperature 1, masked positions only; trained along (weight
+0.2): method.md section 1. That the encoder itself can take its place is ours.
 Differs: special tokens are never sampled, so no [MASK], [PAD] or [SEP] can stand inside a passage; the generator never drops out.
 Shapes: B passages, T tokens, M masked positions, H width of the output embeddings, V vocabulary, C rows of a chunk, K blocks.
 """
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from simlm.errors import ModelError
-from simlm.losses.language_model import default_chunk_rows, logits_fp32
+from simlm.losses.language_model import chunked_cross_entropy, default_chunk_rows, logits_fp32
 from simlm.models.backbone import embed, encoder_of, layer_inputs, lm_features, load_masked_lm, load_tokenizer, run_encoder
 
 BLOCK = 128
@@ -20,13 +21,16 @@ BLOCK = 128
 
 
 class Generator(nn.Module):
-    """A frozen masked language model; `forward` samples a token for each masked position."""
+    """A masked language model that proposes a token for each masked position; frozen unless `trained`."""
 
     never_sampled: Tensor
 
-    def __init__(self, masked_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, temperature: float = 1.0) -> None:
+    def __init__(
+        self, masked_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, temperature: float = 1.0, trained: bool = False
+    ) -> None:
         super().__init__()
-        self.masked_lm = masked_lm.requires_grad_(False)
+        self.masked_lm = masked_lm.requires_grad_(trained)
+        self.trained = trained
         self.temperature = temperature
         self.mask_token_id = require_mask_token(tokenizer)
         self.num_tokens = len(tokenizer)
@@ -36,42 +40,64 @@ class Generator(nn.Module):
         self.train(False)
 
     @classmethod
-    def load(cls, ref: str, tokenizer: PreTrainedTokenizerFast, *, temperature: float = 1.0) -> Generator:
+    def load(cls, ref: str, tokenizer: PreTrainedTokenizerFast, *, temperature: float = 1.0, trained: bool = False) -> Generator:
         """Load a folder or hub id; ModelError if its vocabulary is not that of `tokenizer`, the encoder's."""
         check_same_vocabulary(ref, tokenizer)
-        return cls(load_masked_lm(ref, vocab_size=len(tokenizer)), tokenizer, temperature=temperature)
+        return cls(load_masked_lm(ref, vocab_size=len(tokenizer)), tokenizer, temperature=temperature, trained=trained)
 
     def train(self, mode: bool = True) -> Generator:
-        """Stays in eval mode: a frozen model has nothing to regularise."""
+        """Stays in eval mode: samples and, where it is trained, its loss are those of the model without dropout."""
         return super().train(False)
 
-    @torch.no_grad()
-    def forward(
+    def replace(
         self,
         input_ids_BT: Tensor,
         attention_mask: Tensor | None,
         token_type_ids: Tensor | None,
         positions_M: Tensor,
         uniforms_M: Tensor,
-    ) -> Tensor:
-        """input_ids_BT with the tokens at positions_M (flat, b * T + t) replaced by samples; the rest as it was.
+    ) -> tuple[Tensor, Tensor]:
+        """(input_ids_BT with the tokens at positions_M (flat, b * T + t) replaced by samples, its own masked-LM loss there).
 
         The model sees [MASK] at all of positions_M. uniforms_M: in [0, 1), one a position; the sample depends on nothing else.
+        The loss is a sum in nats, with gradient if the generator is trained and 0 if it is not.
         """
         masked_BT = input_ids_BT.flatten().index_fill(0, positions_M, self.mask_token_id).view_as(input_ids_BT)
-        encoder = encoder_of(self.masked_lm)
-        hidden_BTH = embed(encoder, masked_BT, token_type_ids)
-        hidden_BTH = run_encoder(encoder, hidden_BTH, layer_inputs(encoder, hidden_BTH, attention_mask))
-        features_MH, weight_VH, bias_V = lm_features(self.masked_lm, hidden_BTH.flatten(0, 1).index_select(0, positions_M))
+        with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
+            encoder = encoder_of(self.masked_lm)
+            hidden_BTH = embed(encoder, masked_BT, token_type_ids)
+            hidden_BTH = run_encoder(encoder, hidden_BTH, layer_inputs(encoder, hidden_BTH, attention_mask))
+            features_MH, weight_VH, bias_V = lm_features(self.masked_lm, hidden_BTH.flatten(0, 1).index_select(0, positions_M))
+            loss = torch.zeros((), device=input_ids_BT.device)
+            if self.trained:
+                loss = chunked_cross_entropy(features_MH, weight_VH, bias_V, input_ids_BT.flatten().index_select(0, positions_M))
         samples_M = sample_tokens(
-            features_MH,
+            features_MH.detach(),
             weight_VH[: self.num_tokens],
             None if bias_V is None else bias_V[: self.num_tokens],
             uniforms_M,
             temperature=self.temperature,
             excluded=self.never_sampled,
         )
-        return input_ids_BT.flatten().index_copy(0, positions_M, samples_M).view_as(input_ids_BT)
+        return input_ids_BT.flatten().index_copy(0, positions_M, samples_M).view_as(input_ids_BT), loss
+
+
+class SelfGenerator(Generator):
+    """A frozen copy of the encoder and its head, taken anew from time to time."""
+
+    def __init__(self, masked_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, temperature: float = 1.0) -> None:
+        """masked_lm: a copy of its own."""
+        super().__init__(masked_lm, tokenizer, temperature=temperature)
+        self._refreshed = -1
+
+    @torch.no_grad()
+    def refresh(self, masked_lm: PreTrainedModel, step: int) -> None:
+        """Take over the weights of `masked_lm` as they are before `step`, once a step."""
+        if step == self._refreshed:
+            return
+        for own, theirs in zip(self.masked_lm.parameters(), masked_lm.parameters(), strict=True):
+            own.copy_(theirs)
+        self._refreshed = step
 
 
 @torch.no_grad()

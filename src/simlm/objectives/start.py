@@ -14,6 +14,8 @@ from simlm.models.backbone import max_positions
 _MAX_COUNTED_TOKENS = 20_000_000
 """Tokens that frequencies are taken from; more change none of them noticeably."""
 
+_BLOCK_TOKENS = 16_000_000
+
 
 def check_length(model: PreTrainedModel, store: Store, name: str) -> None:
     """ModelError if the store's passages are longer than the model has positions for."""
@@ -39,3 +41,13 @@ def log_frequencies(store: Store, num_entries: int) -> Tensor:
         begin = piece * len(tokens) // num_pieces
         counts += np.bincount(tokens[begin : begin + size], minlength=num_entries)
     return torch.from_numpy(np.log(counts / counts.sum())).float()
+
+
+def corpus_ids(store: Store, num_entries: int) -> Tensor:
+    """Ascending int64 ids of the tokens that occur in the corpus, special ones included: no label is ever outside. Reads all of it once."""
+    seen = np.zeros(num_entries, dtype=bool)
+    tokens = store.passages.tokens
+    for begin in range(0, len(tokens), _BLOCK_TOKENS):
+        seen[np.unique(tokens[begin : begin + _BLOCK_TOKENS])] = True
+    seen[[token for token in store.tokenizer().all_special_ids if token < num_entries]] = True
+    return torch.from_numpy(np.flatnonzero(seen))

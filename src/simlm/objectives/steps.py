@@ -42,18 +42,19 @@ class Feeding:
     seed: int
 
     def micro_batches(self, rows_S: Ints, epochs_S: Ints, rank: int = 0, num_ranks: int = 1) -> list[MicroBatch]:
-        """This rank's share of the passages `rows_S`, longest first; see `simlm.objectives.Objective` for the entries.
+        """This rank's share of the passages `rows_S`, longest first; see `simlm.objectives.pretraining.Pretraining.forward` for the entries.
 
         Passages are dealt out to the ranks in order of length, so all have the same work.
         """
         lengths_S = self.table.lengths[rows_S]
         own = np.argsort(-lengths_S.astype(np.int64), kind="stable")[rank::num_ranks]
-        counts = {**self.views.step_counts(token_counts(self.table, rows_S)), "step_passages": float(len(rows_S))}
+        draws_S = Draws(self.seed, epochs_S, rows_S)
+        counts = {**self.views.step_counts(token_counts(self.table, rows_S), draws_S), "step_passages": float(len(rows_S))}
         groups = length_batches(lengths_S[own], self.micro_batch_tokens)
         return [self._micro_batch(rows_S[own[group]], epochs_S[own[group]]) | counts for group in groups]
 
     def _micro_batch(self, rows_B: Ints, epochs_B: Ints) -> MicroBatch:
-        batch = collate(self.table, rows_B)
+        batch, draws = self.views.sequences(collate(self.table, rows_B), Draws(self.seed, epochs_B, rows_B), self.table.template)
         entries: MicroBatch = {
             "input_ids": torch.from_numpy(batch.input_ids),
             "scored": torch.from_numpy(np.flatnonzero(~batch.special)),
@@ -63,7 +64,7 @@ class Feeding:
             entries["attention_mask"] = torch.from_numpy(batch.attention_mask)
         if self.token_types and batch.token_type_ids is not None:
             entries["token_type_ids"] = torch.from_numpy(batch.token_type_ids)
-        return entries | self.views(batch, Draws(self.seed, epochs_B, rows_B))
+        return entries | self.views(batch, draws)
 
 
 class PassageSteps:
@@ -79,8 +80,9 @@ class PassageSteps:
         self._orders: dict[int, Ints] = {}
 
     def load(self, step: int, rank: int, num_ranks: int) -> list[MicroBatch]:
-        """Micro-batches of one rank."""
-        return self.feeding.micro_batches(*self.passages(step), rank, num_ranks)
+        """Micro-batches of one rank, each with its `step`."""
+        micro_batches = self.feeding.micro_batches(*self.passages(step), rank, num_ranks)
+        return [micro_batch | {"step": step} for micro_batch in micro_batches]
 
     def passages(self, step: int) -> tuple[Ints, Ints]:
         """(rows_S, epochs_S) of a step; one that lies across the end of an epoch has passages of both."""
@@ -139,6 +141,8 @@ class Measured(Protocol):
 
     def measure(self, *args: Any, **micro_batch: Any) -> dict[str, tuple[Tensor, Tensor]]: ...
 
+    def total(self, measures: dict[str, float]) -> float: ...
+
 
 def held_out_measures(
     objective: Measured, feeding: Feeding, rows: Ints, autocast: Callable[[], Any], device: torch.device
@@ -159,6 +163,7 @@ def held_out_measures(
                 for name, (total, count) in objective.measure(**on_device).items():
                     sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + total.double().cpu()
                     counts[name] = counts.get(name, torch.zeros((), dtype=torch.float64)) + count.double().cpu()
-        return {name: float(sums[name] / counts[name]) for name in sorted(sums) if counts[name] > 0}
+        means = {name: float(sums[name] / counts[name]) for name in sorted(sums) if counts[name] > 0}
+        return {"loss": objective.total(means)} | means
 
     return measure

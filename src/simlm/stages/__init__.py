@@ -61,8 +61,8 @@ class StageRow:
 
 STAGES: dict[str, StageRow] = {
     "prepare": StageRow("simlm.stages.prepare", "store", 1, "PrepareSettings"),
-    "train_generator": StageRow("simlm.stages.train_generator", "model", 1, "GeneratorSettings", distributed=True),
-    "pretrain": StageRow("simlm.stages.pretrain", "model", 2, "PretrainSettings", distributed=True),
+    "train_generator": StageRow("simlm.stages.train_generator", "model", 2, "GeneratorSettings", distributed=True),
+    "pretrain": StageRow("simlm.stages.pretrain", "model", 3, "PretrainSettings", distributed=True),
     "train_retriever": StageRow("simlm.stages.train_retriever", "model", 1, "RetrieverSettings", distributed=True),
     "encode": StageRow("simlm.stages.encode", "embeddings", 1, "EncodeSettings"),
     "build_index": StageRow("simlm.stages.build_index", "index", 2, "IndexSettings"),

@@ -1,7 +1,7 @@
 """train_generator: the masked language model that replaced language modelling samples from (method.md section 1).
 
-Inputs: "store". With source "train" a small one is trained on the corpus; with a path or hub id it is loaded, its vocabulary is
-checked against the store's, and it is copied.
+Inputs: "store". With source "train" a small one is trained on the corpus; with "random" one of that shape is written as it is born; with
+a path or hub id it is loaded, its vocabulary is checked against the store's, and it is copied.
 Output: a masked-LM folder with tokenizer and simlm.json; log.jsonl beside it if it was trained.
 """
 
@@ -14,6 +14,8 @@ from simlm.recipe import GeneratorSettings
 from simlm.stages import Context
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
     from simlm.data.store import Store
 
 LEARNING_RATE = 5e-4
@@ -27,34 +29,57 @@ def run(settings: GeneratorSettings, inputs: dict[str, Path], context: Context) 
     store = Store.open(inputs["store"])
     if settings.source == "train":
         _train(settings, store, context)
+    elif settings.source == "random":
+        if context.rank == 0:
+            _write_random(settings, store, context)
     elif context.rank == 0:
         _copy(settings.source, store, context)
 
 
-def _train(settings: GeneratorSettings, store: Store, context: Context) -> None:
-    from simlm.models.backbone import load_masked_lm, set_output_bias, takes_token_types
+def _fresh(settings: GeneratorSettings, store: Store, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
+    """A generator of the settings' shape that predicts token frequencies; ModelError if the corpus has longer passages than it has positions."""
+    from simlm.models.backbone import load_masked_lm, set_output_bias
+    from simlm.objectives.start import check_length, log_frequencies
+    from simlm.recipe import ModelSettings
+
+    masked_lm = load_masked_lm(ModelSettings(start="scratch", config=_config(settings, store)), tokenizer=tokenizer, seed=seed)
+    check_length(masked_lm, store, "the generator")
+    set_output_bias(masked_lm, log_frequencies(store, masked_lm.config.vocab_size))
+    return masked_lm
+
+
+def _write_random(settings: GeneratorSettings, store: Store, context: Context) -> None:
     from simlm.objectives.bottleneck import save_masked_lm
     from simlm.objectives.generator import require_mask_token
-    from simlm.objectives.masked_lm import MaskedLM, MaskedViews
-    from simlm.objectives.start import check_length, log_frequencies
+
+    tokenizer = store.tokenizer()
+    require_mask_token(tokenizer)
+    context.record(source="random")
+    save_masked_lm(_fresh(settings, store, tokenizer, context.seed), context.work, tokenizer, role="generator", source="random")
+
+
+def _train(settings: GeneratorSettings, store: Store, context: Context) -> None:
+    from simlm.models.backbone import takes_token_types
+    from simlm.objectives.bottleneck import save_masked_lm
+    from simlm.objectives.generator import require_mask_token
+    from simlm.objectives.masked_lm import MaskedLM
+    from simlm.objectives.pretraining import Pretraining
     from simlm.objectives.steps import Feeding, PassageSteps, held_out_measures, split_passages, step_size
-    from simlm.recipe import ModelSettings
+    from simlm.objectives.views import PretrainViews
     from simlm.training.precision import autocast, resolve_bf16, training_device
     from simlm.training.trainer import num_training_steps, train
 
     tokenizer = store.tokenizer()
     mask_token_id = require_mask_token(tokenizer)
     training = settings.training.with_defaults(learning_rate=LEARNING_RATE)
-    masked_lm = load_masked_lm(ModelSettings(start="scratch", config=_config(settings, store)), tokenizer=tokenizer, seed=context.seed)
-    check_length(masked_lm, store, "the generator")
-    set_output_bias(masked_lm, log_frequencies(store, masked_lm.config.vocab_size))
-
-    views = MaskedViews(settings.mask_rate)
+    masked_lm = _fresh(settings, store, tokenizer, context.seed)
+    task = Pretraining(
+        masked_lm, {"masked_lm": MaskedLM()}, mask_token_id=mask_token_id, views=PretrainViews(encoder_rate=settings.mask_rate)
+    )
     rows, held_out = split_passages(len(store.passages), settings.held_out_passages, context.seed)
     size = step_size(settings.passages_per_step, len(rows), context.num_ranks, context.progress)
-    feeding = Feeding(store.passages, views, settings.micro_batch_tokens, takes_token_types(masked_lm), context.seed)
+    feeding = Feeding(store.passages, task.views(), settings.micro_batch_tokens, takes_token_types(masked_lm), context.seed)
     steps = PassageSteps(feeding, rows, passages_per_step=size, num_steps=num_training_steps(training, len(rows), size))
-    task = MaskedLM(masked_lm, mask_token_id, views)
     device = training_device(bool((training.model_extra or {}).get("use_cpu", False)))
     bf16 = resolve_bf16(training.bf16, device.type)
     result = train(

@@ -69,18 +69,33 @@ def stacked_bar(counts: Sequence[int], *, labels: Sequence[str], label: str = ""
 
 
 def training_panels(step: StepRecord) -> list[Panel]:
-    """Line charts of a training step: its losses, then what was measured on dev queries. Empty where the step has no log."""
+    """Line charts of a training step: its losses, then what was measured on dev queries or held-out passages, like with like.
+
+    Empty where the step has no log.
+    """
     losses = [Series(_spoken(name), points) for (kind, name), points in _ordered(step) if kind == "train" and _is_loss(name)]
     losses += [
         Series(f"dev {_spoken(name)}", points, dots=True) for (kind, name), points in _ordered(step) if kind == "dev" and _is_loss(name)
     ]
-    others = [Series(name, points, dots=True) for (kind, name), points in _ordered(step) if kind == "dev" and not _is_loss(name)]
-    panels = []
-    if losses:
-        panels.append(_panel("loss", losses[:_MAX_SERIES]))
-    if others:
-        panels.append(_panel("dev " + others[0].label if len(others) == 1 else "dev measures", others[:_MAX_SERIES]))
+    groups: dict[str, list[Series]] = {}
+    for (kind, name), points in _ordered(step):
+        if kind == "dev" and not _is_loss(name):
+            groups.setdefault(_subject(name), []).append(Series(_spoken(name), points, dots=True))
+    panels = [_panel("loss", losses[:_MAX_SERIES])] if losses else []
+    for subject, series in groups.items():
+        panels.append(_panel(subject or ("dev " + series[0].label if len(series) == 1 else "dev measures"), series[:_MAX_SERIES]))
     return panels
+
+
+def _subject(name: str) -> str:
+    """What a measure of pre-training is about; empty for measures of dev queries."""
+    if name.startswith("probe_"):
+        return "retrieval probe on held-out passages"
+    if name.startswith("cls_"):
+        return "spread of [CLS] on held-out passages"
+    if "accuracy_at_" in name:
+        return "accuracy on held-out passages"
+    return "share of tokens replaced" if name.endswith("_replaced") else ""
 
 
 def line_chart(series: Sequence[Series], *, label: str = "") -> Markup:
