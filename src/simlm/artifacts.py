@@ -26,6 +26,7 @@ from simlm.errors import ArtifactError, DiskError
 
 MANIFEST = "manifest.json"
 RESUME = "resume"
+BASIS = "basis.json"
 FORMAT = 1
 
 Kind = Literal["store", "model", "embeddings", "index", "run", "groups", "report"]
@@ -159,9 +160,10 @@ class ArtifactBuilder:
         """Folder for what lets a stage go on after a kill; dropped when the artifact is finished."""
         return self.work / RESUME
 
-    def begin(self) -> bool:
+    def begin(self, basis: dict[str, Any] | None = None) -> bool:
         """Make the work folder; True if it holds an earlier, interrupted try with the same fingerprint.
 
+        basis: what the fingerprint is the digest of, kept beside it, so that `interrupted_basis` can tell what has changed since.
         A work folder of another fingerprint is deleted. Raises DiskError if the folder cannot be written.
         """
         stamp = self.work / RESUME / "fingerprint"
@@ -175,12 +177,30 @@ class ArtifactBuilder:
             shutil.rmtree(self.work)
         try:
             stamp.parent.mkdir(parents=True)
+            if basis is not None:
+                write_json(stamp.with_name(BASIS), basis)
             temporary = stamp.with_name("fingerprint.tmp")
             temporary.write_text(self.fingerprint, encoding="utf-8")
             os.replace(temporary, stamp)
         except OSError as error:
             raise disk_error(error, self.work) from error
         return False
+
+    def interrupted(self) -> Literal["no", "same", "other"]:
+        """Whether there is an interrupted try, of the same fingerprint or of another one."""
+        try:
+            found = (self.resume / "fingerprint").read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError):
+            return "no"
+        return "same" if found == self.fingerprint else "other"
+
+    def interrupted_basis(self) -> dict[str, Any]:
+        """What `begin` was given in the interrupted try; empty if it kept nothing."""
+        try:
+            basis: dict[str, Any] = json.loads((self.resume / BASIS).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return basis
 
     def earlier_seconds(self) -> float:
         """Wall time that interrupted tries have spent so far."""

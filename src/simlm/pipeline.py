@@ -13,9 +13,10 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +35,7 @@ from simlm.artifacts import (
 )
 from simlm.errors import ArtifactError, DataError, DiskError, RecipeError, SimlmError, nearest
 from simlm.progress import Progress
-from simlm.recipe import ModelSettings, Recipe, expand_path, load_recipe
+from simlm.recipe import DataSettings, ModelSettings, Recipe, expand_path, load_recipe
 from simlm.runtime import Ranks, join_processes, release_memory
 from simlm.stages import STAGES, Context
 from simlm.types import Split
@@ -55,6 +56,7 @@ class Step:
     outside: dict[str, Any]
     """Digests of what the step reads besides artifacts."""
     fingerprint: str
+    seed: int
 
     @property
     def version(self) -> int:
@@ -84,10 +86,9 @@ class Plan:
         """State of a step and, where it is stale, why."""
         path = self.path(step.name)
         if not path.exists():
-            work = ArtifactBuilder(path, kind="run", stage="", code_version=0, fingerprint=step.fingerprint)
-            stamp = work.resume / "fingerprint"
-            interrupted = stamp.exists() and stamp.read_text(encoding="utf-8") == step.fingerprint
-            return "to do", "interrupted, goes on where it was" if interrupted else ""
+            if self.builder(step).interrupted() == "same":
+                return "to do", "interrupted, goes on where it was"
+            return "to do", self.left_behind(step)
         try:
             manifest = open_artifact(path, verify="sizes").manifest
         except ArtifactError as error:
@@ -95,6 +96,44 @@ class Plan:
         if manifest.fingerprint == step.fingerprint:
             return "done", ""
         return "stale", _why_stale(step, manifest)
+
+    def builder(self, step: Step) -> ArtifactBuilder:
+        """The work folder of a step."""
+        row = STAGES[step.stage]
+        return ArtifactBuilder(
+            self.path(step.name), kind=row.kind, stage=step.stage, code_version=row.version, fingerprint=step.fingerprint
+        )
+
+    def basis(self, step: Step) -> dict[str, Any]:
+        """What the fingerprint of a step is the digest of."""
+        inputs = {role: self.step(name).fingerprint for role, name in step.inputs.items()}
+        return _basis(step.stage, step.settings, step.seed, inputs, step.outside)
+
+    def left_behind(self, step: Step) -> str:
+        """What an interrupted training with another fingerprint has reached, and what has changed since; empty if there is none.
+
+        Without a whole checkpoint there is nothing to lose, so that does not count.
+        """
+        from simlm.training.checkpoints import checkpoint_step, newest_checkpoint
+
+        builder = self.builder(step)
+        if builder.interrupted() != "other":
+            return ""
+        checkpoint = newest_checkpoint(builder.resume / "checkpoints")
+        if checkpoint is None:
+            return ""
+        changed = _changes(builder.interrupted_basis(), self.basis(step))
+        return f"interrupted after training step {checkpoint_step(checkpoint):,}, changed since: {changed}"
+
+    def refuse_left_behind(self, steps: list[Step]) -> None:
+        """RecipeError if doing these steps, as far as they are not done, would throw away an interrupted training."""
+        for step in steps:
+            found = self.left_behind(step)
+            if found and self.state(step)[0] != "done":
+                raise RecipeError(
+                    f"step {step.name!r}: {found}. Going on would mix two trainings, so either put the old values back, "
+                    f"or give up what was trained: simlm run RECIPE --start-over {step.name}"
+                )
 
     def needed(self, names: list[str]) -> list[Step]:
         """The steps named and all that they depend on, in order."""
@@ -120,41 +159,76 @@ def make_plan(recipe: Recipe) -> Plan:
     return Plan(recipe, folder, tuple(planner.steps), tuple(planner.notes))
 
 
+def retriever1_steps(recipe: Recipe, *, seed: int, splits: list[Split], pretrain_on: DataSettings | None = None) -> tuple[Step, ...]:
+    """Pre-training and retriever 1 alone, on BM25's negatives, as far as a run over the queries of `splits`.
+
+    Names are those of the recipe's own plan, and so are the fingerprints where nothing differs. seed: of pre-training and of the retriever,
+    everything else keeps the recipe's. pretrain_on: pre-train, and train the generator, on this corpus instead ("other_store", with the
+    tokenizer of the recipe's store); the rest stays on the recipe's data.
+    """
+    folder = run_folder(recipe)
+    cache = _read_digests(folder)
+    before = dict(cache)
+    planner = _Planner(recipe, cache)
+    planner.seeds = {"pretrain": seed, "train_retriever": seed}
+    planner.build_retriever1(splits, pretrain_on)
+    if cache != before and folder.is_dir():
+        write_json(folder / DIGESTS, cache)
+    return tuple(planner.steps)
+
+
 def run_folder(recipe: Recipe) -> Path:
     """Where the artifacts of a recipe's steps lie."""
     return expand_path(recipe.output) if recipe.output else Path("runs") / recipe.name
 
 
 def run_recipe(
-    recipe: Recipe | str | Path, *, only: list[str] | None = None, overrides: list[str] | None = None, quiet: bool = False
+    recipe: Recipe | str | Path,
+    *,
+    only: list[str] | None = None,
+    overrides: list[str] | None = None,
+    start_over: list[str] | None = None,
+    quiet: bool = False,
 ) -> Path:
     """Run a recipe (or, with `only`, the steps named and what they need); the folder of the run.
 
     Finished steps are skipped, an interrupted one goes on from its last checkpoint. Under torchrun all processes call this.
+    start_over: steps whose interrupted work is deleted first. Without it a training that was interrupted under other settings is a
+    RecipeError, which names them.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
     ranks = join_processes()
     progress = Progress(quiet=quiet or ranks.rank > 0)
-    settled = recipe
-    lock = contextlib.nullcontext()
-    if ranks.rank == 0:
-        _make_folder(run_folder(recipe))
-        lock = _locked(run_folder(recipe))  # type: ignore[assignment]
-    with lock:
-        return _run(settled, only, progress, ranks)
+    with held_folder(recipe, ranks):
+        return _run(recipe, only, start_over or [], progress, ranks)
 
 
-def _run(settled: Recipe, only: list[str] | None, progress: Progress, ranks: Ranks) -> Path:
-    for section in (settled.retriever1, settled.retriever2, settled.reranker, settled.distilled):
-        if section.queries_per_step % ranks.num_ranks:
-            raise RecipeError(
-                f"queries_per_step {section.queries_per_step} cannot be shared by {ranks.num_ranks} processes; "
-                f"set it to a multiple of {ranks.num_ranks}, or start another number of processes"
-            )
+@contextlib.contextmanager
+def held_folder(recipe: Recipe, ranks: Ranks) -> Iterator[Path]:
+    """The folder of a run, made if need be and held for this process; ArtifactError if another one works on it."""
+    folder = run_folder(recipe)
+    if ranks.rank > 0:
+        yield folder
+        return
+    _make_folder(folder)
+    with _locked(folder):
+        yield folder
+
+
+def _run(settled: Recipe, only: list[str] | None, start_over: list[str], progress: Progress, ranks: Ranks) -> Path:
     plan = ranks.from_first(lambda: make_plan(settled))
+    ranks.from_first(lambda: _start_over(plan, start_over, progress))
     names = [step.name for step in plan.steps] if only is None else only
     steps = plan.needed(names)
+    for step in steps:
+        queries = getattr(step.settings, "queries_per_step", ranks.num_ranks)
+        if queries % ranks.num_ranks:
+            raise RecipeError(
+                f"queries_per_step {queries} of step {step.name!r} cannot be shared by {ranks.num_ranks} processes; "
+                f"set it to a multiple of {ranks.num_ranks}, or start another number of processes"
+            )
+    ranks.from_first(lambda: plan.refuse_left_behind(steps))
     for note in plan.notes:
         progress.say(f"note: {note}")
     for number, step in enumerate(steps, start=1):
@@ -175,15 +249,16 @@ def run_step(plan: Plan, step: Step, progress: Progress, ranks: Ranks) -> tuple[
     """Do one step and put its artifact in place; (seconds with earlier tries, peak memory in bytes)."""
     row = STAGES[step.stage]
     inputs = {role: plan.path(name) for role, name in step.inputs.items()}
-    builder = ArtifactBuilder(plan.path(step.name), kind=row.kind, stage=step.stage, code_version=row.version, fingerprint=step.fingerprint)
+    builder = plan.builder(step)
     ranks.from_first(lambda: _prepare_step(plan, step, inputs, builder))
     earlier = builder.earlier_seconds()
     release_memory()
     reset_peak_memory()
+    _reset_gpu_peak()
     started = time.monotonic()
     if row.distributed or ranks.rank == 0:
         num_ranks = ranks.num_ranks if row.distributed else 1
-        context = Context(builder, plan.recipe.seed, progress, ranks.rank, num_ranks)
+        context = Context(builder, step.seed, progress, ranks.rank, num_ranks)
         try:
             row.load()(step.settings, inputs, context)
         except OSError as error:
@@ -196,11 +271,12 @@ def run_step(plan: Plan, step: Step, progress: Progress, ranks: Ranks) -> tuple[
     seconds = earlier + time.monotonic() - started
     peak = peak_memory_bytes()
     if ranks.rank == 0:
+        builder.facts |= _gpu_facts()
         try:
             builder.finish(
                 settings=step.settings.model_dump(mode="json"),
                 inputs={role: plan.step(name).fingerprint for role, name in step.inputs.items()} | step.outside,
-                seed=plan.recipe.seed,
+                seed=step.seed,
                 seconds=seconds,
                 peak_memory_bytes=peak,
             )
@@ -222,7 +298,31 @@ def _prepare_step(plan: Plan, step: Step, inputs: dict[str, Path], builder: Arti
             f"{plan.folder}: step {step.name!r} needs about {needed / 2**20:,.0f} MiB of disk, {free / 2**20:,.0f} MiB are free; "
             "free some space or set `output` to another disk. Finished steps are intact"
         )
-    builder.begin()
+    plan.refuse_left_behind([step])
+    builder.begin(plan.basis(step))
+
+
+def _reset_gpu_peak() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _gpu_facts() -> dict[str, int]:
+    """Largest GPU memory that torch held for this process's tensors during the step; nothing where no GPU is used."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return {}
+    return {"peak_gpu_bytes": int(torch.cuda.max_memory_allocated())}
+
+
+def _start_over(plan: Plan, names: list[str], progress: Progress) -> None:
+    for builder in [plan.builder(plan.step(name)) for name in names]:
+        if builder.work.exists():
+            shutil.rmtree(builder.work)
+            progress.say(f"{builder.path.name}: its interrupted work is deleted")
+        else:
+            progress.say(f"{builder.path.name}: has no interrupted work, nothing is deleted")
 
 
 @contextlib.contextmanager
@@ -287,6 +387,44 @@ def _why_stale(step: Step, manifest: Manifest) -> str:
     return "an input is new"
 
 
+def _basis(stage: str, settings: BaseModel, seed: int, inputs: dict[str, str], outside: dict[str, Any]) -> dict[str, Any]:
+    """Everything that a step's result depends on; inputs: role -> fingerprint."""
+    return {
+        "stage": stage,
+        "version": STAGES[stage].version,
+        "settings": settings.model_dump(mode="json"),
+        "seed": seed,
+        "inputs": inputs,
+        "outside": outside,
+    }
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Each setting that differs with both values; digests, which tell a reader nothing, by name alone."""
+    if not old:
+        return "not known, as an older version of simlm left it"
+    changes = []
+    for part, words in (("settings", ""), ("inputs", "the input "), ("outside", "outside, ")):
+        before, after = _flat(old.get(part, {})), _flat(new[part])
+        for key in sorted(before.keys() | after.keys()):
+            if before.get(key) != after.get(key):
+                values = f" {_shown(before, key)} -> {_shown(after, key)}" if part == "settings" else ""
+                changes.append(f"{words}{key}{values}")
+    changes += [f"{key} {old.get(key)} -> {new[key]}" for key in ("seed", "version") if old.get(key) != new[key]]
+    return ", ".join(changes)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _shown(values: dict[str, Any], key: str) -> str:
+    return json.dumps(values[key], ensure_ascii=False) if key in values else "(not set)"
+
+
 class _Planner:
     """Builds the steps of the SimLM pipeline; one method a part, in the order of the paper's figure 2."""
 
@@ -296,6 +434,8 @@ class _Planner:
         self.steps: list[Step] = []
         self.notes: list[str] = []
         self.splits: list[Split] = []
+        self.seeds: dict[str, int] = {}
+        """Stage -> seed, where it is not the recipe's."""
 
     def build(self) -> None:
         self._check_names()
@@ -329,6 +469,29 @@ class _Planner:
         if not searched:
             self.notes.append("the data set has no dev or test queries: nothing is measured, the report says so")
         self._evaluate(runs)
+
+    def build_retriever1(self, splits: list[Split], pretrain_on: DataSettings | None) -> None:
+        """The steps of `retriever1_steps`."""
+        self._prepare()
+        self._add("bm25", "build_index", self.recipe.bm25, {"store": "store"})
+        groups = self._mine("bm25", self._search("bm25_train_run", "bm25", None, ["train"], depth=self.recipe.mining.depth))
+        store = "store" if pretrain_on is None else self._other_store(pretrain_on)
+        pretrained = self._pretrain(store)
+        self._retriever("retriever1", self.recipe.retriever1, groups, pretrained)
+        self._dense("retriever1", "retriever1", splits, {})
+
+    def _other_store(self, data: DataSettings) -> str:
+        """A corpus other than the recipe's, with the tokenizer of the recipe's store."""
+        from simlm.data.datasets import signature
+
+        (store,) = (step for step in self.steps if step.name == "store")
+        tokenizer = run_folder(self.recipe).resolve() / "store" / "tokenizer"
+        settings = store.settings.model_copy(update={"data": data, "tokenizer": "", "train_vocabulary": None})
+        outside = {"data": json_digest(signature(data, self.digests)), "tokenizer": store.fingerprint}
+        self._add("other_store", "prepare", settings, {}, outside)
+        # The fingerprint does not hold the tokenizer's place, as the folder of a run may be moved.
+        self.steps[-1] = replace(self.steps[-1], settings=settings.model_copy(update={"tokenizer": str(tokenizer)}))
+        return "other_store"
 
     def _supervised(self, groups: str, pretrained: str, searched: list[Split], runs: dict[str, str], skip: set[str]) -> None:
         recipe = self.recipe
@@ -398,12 +561,16 @@ class _Planner:
             outside |= self._outside_model(tokenizer, None)
         self._add("store", "prepare", settings, {}, outside)
 
-    def _pretrain(self) -> str:
+    def _pretrain(self, store: str = "store") -> str:
         recipe = self.recipe
-        outside = {} if recipe.generator.source == "train" else self._outside_model(recipe.generator.source, None)
-        self._add("generator", "train_generator", recipe.generator, {"store": "store"}, outside)
+        inputs = {"store": store}
+        if recipe.pretrain.needs_generator:
+            source = recipe.generator.source
+            outside = {} if source in ("train", "random") else self._outside_model(source, None)
+            self._add("generator", "train_generator", recipe.generator, {"store": store}, outside)
+            inputs["generator"] = "generator"
         settings, outside = self._with_model(recipe.pretrain, recipe.pretrain.initial)
-        self._add("pretrained", "pretrain", settings, {"store": "store", "generator": "generator"}, outside)
+        self._add("pretrained", "pretrain", settings, inputs, outside)
         return "pretrained"
 
     def _retriever(
@@ -509,17 +676,10 @@ class _Planner:
     def _add(self, name: str, stage: str, settings: BaseModel, inputs: dict[str, str], outside: dict[str, Any] | None = None) -> None:
         outside = outside or {}
         known = {step.name: step.fingerprint for step in self.steps}
-        fingerprint = json_digest(
-            {
-                "stage": stage,
-                "version": STAGES[stage].version,
-                "settings": settings.model_dump(mode="json"),
-                "seed": self.recipe.seed,
-                "inputs": {role: known[step] for role, step in inputs.items()},
-                "outside": outside,
-            }
-        )
-        self.steps.append(Step(name, stage, settings, inputs, outside, fingerprint))
+        prints = {role: known[step] for role, step in inputs.items()}
+        seed = self.seeds.get(stage, self.recipe.seed)
+        fingerprint = json_digest(_basis(stage, settings, seed, prints, outside))
+        self.steps.append(Step(name, stage, settings, inputs, outside, fingerprint, seed))
 
 
-__all__ = ["Plan", "Step", "make_plan", "run_folder", "run_recipe", "run_step"]
+__all__ = ["Plan", "Step", "held_folder", "make_plan", "retriever1_steps", "run_folder", "run_recipe", "run_step"]

@@ -45,9 +45,10 @@ class TrainingLog:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
 
-    def last(self, kind: Literal["train", "dev"]) -> Record | None:
-        """The newest line of a kind."""
-        return next((record for record in reversed(self.records) if record["kind"] == kind), None)
+    def last(self, kind: Literal["train", "dev"], *, having: str | None = None) -> Record | None:
+        """The newest line of a kind (with a measure of the name `having`)."""
+        lines = (record for record in reversed(self.records) if record["kind"] == kind)
+        return next((record for record in lines if having is None or having in record["measures"]), None)
 
 
 def read_log(path: Path) -> list[Record]:

@@ -4,43 +4,54 @@ What is ours, and why:
 - A step's data is a function of the step (`StepBatches`), so resuming skips nothing and the number of processes changes nothing.
 - A step is a list of micro-batches whose losses sum to the step's loss; gradients meet once a step.
 - Before each step torch is seeded from (seed, step, rank): dropout depends neither on dev measures nor on a resumed run's past.
-- A checkpoint counts only with its `complete` marker, written and synced last; older ones are deleted after that, never before.
-- Whether losses and gradients are finite is accumulated on the device and read only where the loop stops anyway (log, dev, save).
+- A checkpoint counts only with its `complete` marker (checkpoints.py), and any number of processes can go on from it.
+- Whether losses and gradients are finite, and which steps a spike guard skips, is decided on the device and read only where the loop
+  stops anyway (log, dev, save).
+- A task may see all micro-batches of a step before the first of them is trained on (`before_step`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import safetensors.torch
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 
-from simlm.artifacts import disk_error, write_json
-from simlm.errors import DiskError, RecipeError, TrainingError
+from simlm.artifacts import disk_error
+from simlm.errors import TrainingError
 from simlm.progress import Progress
 from simlm.recipe import TrainingSettings
 from simlm.runtime import MemoryBound
 from simlm.training.callbacks import LastStep, ProgressBar, TrainingLog
-from simlm.training.precision import resolve_bf16, training_device
+from simlm.training.checkpoints import (
+    COMPLETE,
+    WEIGHTS,
+    best_file,
+    checkpoint_step,
+    complete,
+    delete_leftovers,
+    disk_errors,
+    newest_checkpoint,
+    sync,
+)
+from simlm.training.optimizer_state import OPTIMIZER_FILE, check_optimizer, load_optimizer, require_adamw, save_optimizer
+from simlm.training.options import load_best, mixed_precision, num_training_steps, shards, trainer_arguments
+from simlm.training.sharding import Sharded, load_optimizer_state, optimizer_state, whole_tensor
+from simlm.training.spikes import Skipped, SpikeGuard, SpikeWatch
 
 MicroBatch = dict[str, Any]
-WEIGHTS = "model.safetensors"
-COMPLETE = "complete"
 _NEVER = torch.iinfo(torch.int64).max
 
 
@@ -108,22 +119,6 @@ class TrainingResult:
         }
 
 
-def num_training_steps(settings: TrainingSettings, num_examples: int, examples_per_step: int) -> int:
-    """max_steps if it is set, else enough full steps for num_train_epochs passes over the examples (rounded up)."""
-    if settings.max_steps > 0:
-        return settings.max_steps
-    # The product of a float number of epochs is not exact: 3 epochs of 64 queries are 3 steps of 64, not 4.
-    return max(1, math.ceil(round(settings.num_train_epochs * num_examples / examples_per_step, 9)))
-
-
-def mixed_precision(settings: TrainingSettings) -> tuple[str, bool]:
-    """(device type that training uses, whether it computes in bf16)."""
-    options = settings.model_extra or {}
-    device = training_device(bool(options.get("use_cpu", False)))
-    wanted = False if settings.bf16 == "auto" and options.get("fp16") else settings.bf16
-    return device.type, resolve_bf16(wanted, device.type)
-
-
 def train(
     task: nn.Module,
     batches: StepBatches,
@@ -133,20 +128,34 @@ def train(
     dev: Callable[[], dict[str, float]] | None = None,
     main_dev_measure: str | None = None,
     greater_is_better: bool = True,
+    keep_best: bool = False,
+    spikes: SpikeGuard | None = None,
+    keep_optimizer_in: Path | None = None,
+    optimizer_from: Path | None = None,
     description: str = "train",
 ) -> TrainingResult:
     """Train `task` to the end, going on from the newest whole checkpoint in `context.resume` if there is one.
 
     `task(**micro_batch)` returns {"loss": scalar, name: detached scalar ...}; all of them are summed over the micro-batches and ranks of
-    a step, and logged as means over steps. The trained weights are left in `task` (the best ones by `main_dev_measure` with
-    load_best_model_at_end). `context.work / "log.jsonl"` gets the curve. Parts of the task that must stay in eval mode (a frozen
-    generator) have to override `train()`.
+    a step, and logged as means over steps. The trained weights are left in `task`, those of the last step, or with `keep_best` or
+    training.load_best_model_at_end the best ones by `main_dev_measure`. `context.work / "log.jsonl"` gets the curve. Parts of the task
+    that must stay in eval mode (a frozen generator) have to override `train()`.
+    A task with a method `before_step(micro_batches, *, rank, num_ranks, seed) -> micro_batches` is given all micro-batches of a step
+    first (on the device, without gradient) and trained on what it returns, for losses that need the whole step's embeddings. Each
+    micro-batch then has an entry "dropout_seed"; torch is seeded with it before its forward pass, so a first pass that does the same
+    sees the same dropout.
     dev: measures of the model as it is (called in eval mode without gradient, on rank 0 only), before, while and after training.
-    Raises TrainingError for a loss or gradient that is not finite, DiskError if a checkpoint cannot be written, RecipeError for
-    training options that do not go together.
+    spikes: skip steps whose loss leaps; without it a loss that is not finite stops training.
+    keep_optimizer_in: folder that gets the optimiser's state of the last step (of AdamW; also where the best weights are kept).
+    optimizer_from: such a folder; a fresh run (one without a checkpoint) starts with its moments, if it has any. The learning-rate
+    schedule starts anew.
+    Raises TrainingError for a loss or gradient that is not finite or too many spikes in a row, DiskError if a checkpoint cannot be
+    written, RecipeError for training options that do not go together or an optimiser state of other parameters.
     """
+    if keep_optimizer_in is not None:
+        require_adamw(settings, "keeping the optimiser's state")
     folder = context.resume / "checkpoints"
-    arguments = _arguments(
+    arguments = trainer_arguments(
         settings,
         num_steps=batches.num_steps,
         folder=folder,
@@ -157,12 +166,18 @@ def train(
     )
     checkpoint = newest_checkpoint(folder)
     resumed_step = checkpoint_step(checkpoint) if checkpoint else 0
+    if optimizer_from is not None and not (optimizer_from / OPTIMIZER_FILE).is_file():
+        context.progress.say(f"{description}: {optimizer_from} keeps no {OPTIMIZER_FILE}, the optimiser starts fresh")
+        optimizer_from = None
+    if optimizer_from is not None:
+        require_adamw(settings, "going on with an optimiser's state")
+        check_optimizer(task, optimizer_from)
     if context.rank == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise disk_error(error, folder) from error
-        _delete_leftovers(folder)
+        delete_leftovers(folder)
     log = TrainingLog(context.work / "log.jsonl", resumed_step=resumed_step if checkpoint else None, write=context.rank == 0)
     bar = ProgressBar(context.progress, description)
     trainer = SimlmTrainer(
@@ -172,8 +187,11 @@ def train(
         context=context,
         log=log,
         dev=dev,
-        load_best=_load_best(settings, dev, main_dev_measure),
+        load_best=load_best(settings, keep_best=keep_best, has_measure=dev is not None and main_dev_measure is not None),
         num_kept=settings.save_total_limit,
+        spikes=spikes,
+        optimizer_from=optimizer_from,
+        shard=shards(settings, context.num_ranks),
         callbacks=[bar, LastStep()],
     )
     try:
@@ -182,11 +200,14 @@ def train(
                 context.progress.say(f"{description}: going on from step {resumed_step:,} of {batches.num_steps:,}")
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         elif checkpoint:
-            trainer.load_finished(checkpoint)
+            trainer.load_finished(checkpoint, optimizer=keep_optimizer_in is not None)
+        if keep_optimizer_in is not None:
+            trainer.save_optimizer(keep_optimizer_in)
+        trainer.restore()
     finally:
         bar.close()
         trainer.release()
-    train_line, dev_line = log.last("train"), log.last("dev")
+    train_line, dev_line = log.last("train", having="loss"), log.last("dev")
     dev_start: dict[str, float] = next(
         (record["measures"] for record in log.records if record["kind"] == "dev" and record["step"] == 0), {}
     )
@@ -217,6 +238,9 @@ class SimlmTrainer(transformers.Trainer):  # type: ignore[misc, unused-ignore]
         dev: Callable[[], dict[str, float]] | None,
         load_best: bool,
         num_kept: int,
+        spikes: SpikeGuard | None,
+        optimizer_from: Path | None,
+        shard: bool,
         callbacks: list[transformers.TrainerCallback],
     ) -> None:
         self._batches = batches
@@ -227,6 +251,9 @@ class SimlmTrainer(transformers.Trainer):  # type: ignore[misc, unused-ignore]
         self._task = task
         self._root = Path(str(arguments.output_dir))
         self._num_kept = num_kept
+        self._optimizer_from = optimizer_from
+        self._shard = shard
+        self._sharded: Sharded | None = None
         # _validate_args wants an eval_dataset where there are dev measures; ours are a function.
         super().__init__(model=task, args=arguments, eval_dataset=[] if dev is not None else None, callbacks=[*callbacks, _Restore(self)])
         self.remove_callback(PrinterCallback)
@@ -237,6 +264,7 @@ class SimlmTrainer(transformers.Trainer):  # type: ignore[misc, unused-ignore]
         self._bound_memory = MemoryBound()
         self._first_bad_step = torch.full((2,), _NEVER, dtype=torch.int64, device=self.args.device)  # of the loss, of the gradient
         self._resumed_sums: dict[str, Any] = {}
+        self._spikes = None if spikes is None else SpikeWatch(spikes, self.args.device)
 
     # Data and the step
 
@@ -278,19 +306,41 @@ class SimlmTrainer(transformers.Trainer):  # type: ignore[misc, unused-ignore]
         torch.manual_seed(step_seed(self._context.seed, step, self._context.rank))
         model.train()
         total = torch.zeros((), device=self.args.device)
-        for position, micro_batch in enumerate(inputs):
-            last = position == len(inputs) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model=model):
+        parts: dict[str, Tensor] = {}
+        micro_batches = self._before_step(inputs, step)
+        for position, micro_batch in enumerate(micro_batches):
+            if "dropout_seed" in micro_batch:
+                torch.manual_seed(micro_batch["dropout_seed"])
+            last = position == len(micro_batches) - 1
+            with contextlib.nullcontext() if last else self._no_sync(model):
                 outputs = model(**self._prepare_inputs(micro_batch))
                 # DDP averages gradients over the ranks, the loss is a sum over them.
                 loss = outputs["loss"] * self._context.num_ranks
                 self.accelerator.backward(loss)
             total += loss.detach()
             for name, value in outputs.items():
-                self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value.detach().float()
-        self._note_finite(0, total, step)
+                parts[name] = parts.get(name, torch.zeros((), device=value.device)) + value.detach().float()
+        if self._spikes is None:
+            self._note_finite(0, total, step)
+        else:
+            total, parts = self._judge(total, parts, step)
+        for name, value in parts.items():
+            self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value
         self._bound_memory()
         return total
+
+    def _before_step(self, inputs: list[MicroBatch], step: int) -> list[MicroBatch]:
+        """What the task makes of a step's micro-batches, if it wants to see them all; see `train`."""
+        before_step: Callable[..., list[MicroBatch]] | None = getattr(self._task, "before_step", None)
+        if before_step is None:
+            return inputs
+        context = self._context
+        seeded = [
+            {**self._prepare_inputs(micro_batch), "dropout_seed": micro_batch_seed(context.seed, step, context.rank, position)}
+            for position, micro_batch in enumerate(inputs)
+        ]
+        with self._whole(), torch.no_grad(), self.accelerator.autocast():
+            return before_step(seeded, rank=context.rank, num_ranks=context.num_ranks, seed=context.seed)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         from accelerate.utils import AutocastKwargs
@@ -300,7 +350,28 @@ class SimlmTrainer(transformers.Trainer):  # type: ignore[misc, unused-ignore]
         arguments["kwargs_handlers"] = [*arguments["kwargs_handlers"], AutocastKwargs(cache_enabled=False)]
         return arguments
 
-    # Losses that are not finite
+    # Losses that are not finite, and spikes
+
+    def _judge(self, total: Tensor, parts: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The step's loss and measures, all 0 if the guard skips it, with "skipped_steps" added."""
+        assert self._spikes is not None
+        everywhere = total.clone()
+        if self._context.num_ranks > 1:
+            torch.distributed.all_reduce(everywhere)
+        skip = self._spikes.judge(step + 1, everywhere / self._context.num_ranks)
+        kept = {name: torch.where(skip > 0, 0.0, value) for name, value in parts.items()}
+        kept["skipped_steps"] = skip if self._context.rank == 0 else torch.zeros_like(skip)
+        return torch.where(skip > 0, 0.0, total), kept
+
+    def _skip_if_judged(self, model: nn.Module) -> None:
+        """Keep the optimiser from stepping if the guard says so."""
+        assert self._spikes is not None
+        inner = self.inner_optimizer()
+        if self.accelerator.scaler is None and self._sharded is None and all(group.get("fused") for group in inner.param_groups):
+            # What torch's GradScaler tells a fused kernel, which then leaves weights, moments and steps as they are; nothing is read.
+            inner.found_inf = self._spikes.skip  # type: ignore[attr-defined]
+        elif self._spikes.skip.item():
+            model.zero_grad()  # an optimiser leaves parameters without a gradient alone
 
     def _note_finite(self, which: int, value: Tensor, step: int) -> None:
         bad = torch.where(torch.isfinite(value), _NEVER, step + 1)
@@ -308,20 +379,37 @@ class SimlmTrainer(transformers.Trainer):  # type: ignore[misc, unused-ignore]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+        norm = whole_tensor(torch.as_tensor(norm, device=self.args.device))
+        if self._spikes is not None:
+            norm = torch.where(self._spikes.skip > 0, 0.0, norm)
+            self._skip_if_judged(model)
         if self.accelerator.scaler is None:  # with fp16 the scaler skips steps whose gradients overflow
-            self._note_finite(1, torch.as_tensor(norm, device=self.args.device), self.state.global_step)
+            self._note_finite(1, norm, self.state.global_step)
         return norm
 
-    def _stop_if_not_finite(self) -> None:
+    def _stop_if_bad(self) -> None:
+        for skipped in self._spikes.report() if self._spikes is not None else []:
+            self._tell_skipped(skipped)
         loss_step, gradient_step = self._first_bad_step.tolist()
-        if min(loss_step, gradient_step) == _NEVER:
-            return
-        what, step = ("loss", loss_step) if loss_step <= gradient_step else ("gradient", gradient_step)
+        if min(loss_step, gradient_step) != _NEVER:
+            what, step = ("loss", loss_step) if loss_step <= gradient_step else ("gradient", gradient_step)
+            raise self._stopped(f"the {what} of step {step:,} is not a finite number")
+
+    def _tell_skipped(self, skipped: Skipped) -> None:
+        assert self._spikes is not None
+        guard = self._spikes.guard
+        found = f"its loss {skipped.loss:.4g} is " + (
+            f"more than {guard.ratio:g} times the running mean {skipped.mean:.4g}" if math.isfinite(skipped.loss) else "not a finite number"
+        )
+        if skipped.in_a_row >= guard.max_in_a_row:
+            raise self._stopped(f"step {skipped.step:,} was the last of {skipped.in_a_row:,} skipped in a row: {found}")
+        self._context.progress.say(f"step {skipped.step:,}: skipped, {found}")
+
+    def _stopped(self, what: str) -> TrainingError:
         good = newest_checkpoint(self._root)
         kept = f"the last good checkpoint is {good}" if good else "no checkpoint had been written yet"
-        raise TrainingError(
-            f"the {what} of step {step:,} is not a finite number "
-            f"(learning rate {self._get_learning_rate():.3g}); training stopped, {kept}. "
+        return TrainingError(
+            f"{what} (learning rate {self._get_learning_rate():.3g}); training stopped, {kept}. "
             "Try a lower learning_rate, a longer warmup_steps, or bf16 = false"
         )
 
@@ -330,15 +418,21 @@ class SimlmTrainer(transformers.Trainer):  # type: ignore[misc, unused-ignore]
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         control = self.control
         if control.should_log or control.should_evaluate or control.should_save:
-            self._stop_if_not_finite()
+            self._stop_if_bad()
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the task's own measures, write a line of log.jsonl, tell the loggers."""
         if "loss" in logs:
-            num_steps = self.state.global_step - self._sums_since
+            sums = self._total_sums()
+            skipped = sums.pop("skipped_steps", None)
+            num_steps = self.state.global_step - self._sums_since - round(skipped or 0)
             # Ours, not transformers' own loss: it also holds what came before a kill.
-            logs.update({name: value / num_steps for name, value in self._total_sums().items()})
+            del logs["loss"]
+            if num_steps:  # else all were skipped, and nothing is known
+                logs.update({name: value / num_steps for name, value in sums.items()})
+            if skipped is not None:
+                logs["skipped_steps"] = skipped
             self._sums, self._sums_since = {}, self.state.global_step
             self._training_log.append(self.state.global_step, "train", dict(logs))
         super().log(logs, start_time)
@@ -359,10 +453,11 @@ class SimlmTrainer(transformers.Trainer):  # type: ignore[misc, unused-ignore]
         """Dev measures, taken on rank 0 and told to all."""
         assert self._dev is not None
         box: list[dict[str, float]] = [{}]
-        if self._context.rank == 0:
-            self._task.eval()
-            with torch.no_grad():
-                box[0] = self._dev()
+        with self._whole():
+            if self._context.rank == 0:
+                self._task.eval()
+                with torch.no_grad():
+                    box[0] = self._dev()
         if self._context.num_ranks > 1:
             torch.distributed.broadcast_object_list(box, src=0, device=self.args.device)
         measures = box[0]
@@ -376,11 +471,12 @@ class SimlmTrainer(transformers.Trainer):  # type: ignore[misc, unused-ignore]
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         best = bool(super()._determine_best_metric(metrics=metrics, trial=trial))
-        if best and self._load_best and self.args.should_save:
-            with _disk_errors(self._root):
-                target = _best_file(self._root, self.state.global_step)
-                safetensors.torch.save_model(self._task, str(target))
-                _sync(target)
+        if best and self._load_best:
+            with disk_errors(self._root):
+                target = best_file(self._root, self.state.global_step)
+                self._save_weights(target)
+                if self.args.should_save:
+                    sync(target)
         return best
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -388,24 +484,60 @@ class SimlmTrainer(transformers.Trainer):  # type: ignore[misc, unused-ignore]
         root = self._root
         folder = root / f"checkpoint-{self.state.global_step}"
         sums = {"since": self._sums_since, "measures": self._total_sums()}
-        with _disk_errors(root, partial=folder):
+        with disk_errors(root, partial=folder):
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
-                _complete(folder, {"step": self.state.global_step, "best_step": self.state.best_global_step, "sums": sums})
+                facts = {"step": self.state.global_step, "best_step": self.state.best_global_step, "sums": sums}
+                if self._spikes is not None:
+                    facts["spikes"] = self._spikes.state()
+                complete(folder, facts)
         if self.args.should_save:
-            _delete_leftovers(root, keep=self._num_kept)
+            delete_leftovers(root, keep=self._num_kept)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Weights as safetensors, tied ones once."""
         assert output_dir is not None
+        folder = Path(output_dir)
         if self.args.should_save:
-            folder = Path(output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            safetensors.torch.save_model(self._task, str(folder / WEIGHTS))
+        self._save_weights(folder / WEIGHTS)
+
+    def _save_weights(self, path: Path) -> None:
+        """On rank 0; with sharding all ranks help."""
+        if self._sharded is not None:
+            weights = self._sharded.weights()
+            if self.args.should_save:
+                safetensors.torch.save_file(weights, str(path))
+        elif self.args.should_save:
+            safetensors.torch.save_model(self._task, str(path))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._sharded is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = optimizer_state(self.inner_optimizer())
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(cast("Any", self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self._sharded is None or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_optimizer_state(self.inner_optimizer(), torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True))
+        cast("Any", self.lr_scheduler).load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        safetensors.torch.load_model(self._task, str(Path(resume_from_checkpoint) / WEIGHTS), device=str(self.args.device))
-        self._resumed_sums = json.loads((Path(resume_from_checkpoint) / COMPLETE).read_text(encoding="utf-8"))["sums"]
+        self._load_weights(Path(resume_from_checkpoint) / WEIGHTS)
+        marker = json.loads((Path(resume_from_checkpoint) / COMPLETE).read_text(encoding="utf-8"))
+        self._resumed_sums = marker["sums"]
+        if self._spikes is not None and "spikes" in marker:
+            self._spikes.load(marker["spikes"])
+
+    def _load_weights(self, path: Path) -> None:
+        # With several processes a CPU has a number ("cpu:1"), which safetensors does not know.
+        device = "cpu" if self.args.device.type == "cpu" else str(self.args.device)
+        safetensors.torch.load_model(self._task, str(path), device=device)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Nothing: every step seeds its own."""
@@ -414,8 +546,11 @@ class SimlmTrainer(transformers.Trainer):  # type: ignore[misc, unused-ignore]
         """Nothing: every step seeds its own."""
 
     def begin(self) -> None:
-        """What comes before the first step of this try: the sums of a resumed run, or the dev measures of an untrained model."""
+        """What comes before the first step of this try: the sums of a resumed run, or for a fresh one the optimiser's state to go on
+        with and the dev measures of an untrained model."""
         self._sums_since = self.state.global_step
+        if self._optimizer_from is not None and self.state.global_step == 0:
+            load_optimizer(self.inner_optimizer(), self._task, self._optimizer_from)
         if self._resumed_sums:
             sums, self._resumed_sums = self._resumed_sums, {}
             self._sums_since = sums["since"]
@@ -427,21 +562,59 @@ class SimlmTrainer(transformers.Trainer):  # type: ignore[misc, unused-ignore]
             metrics = self.evaluate()
             self._determine_best_metric(metrics=metrics, trial=None)
 
-    def load_finished(self, checkpoint: Path) -> None:
-        """The weights of a checkpoint of the last step, instead of training."""
+    def load_finished(self, checkpoint: Path, *, optimizer: bool = False) -> None:
+        """The weights (and the optimiser's state) of a checkpoint of the last step, instead of training."""
         self.state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         self._load_from_checkpoint(str(checkpoint))
+        if optimizer:
+            state = torch.load(checkpoint / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+            super().create_optimizer().load_state_dict(state)
         self._load_best_weights()
 
     def _load_best_weights(self) -> None:
         best = self.state.best_global_step
         if self._load_best and best is not None and best != self.args.max_steps:
-            safetensors.torch.load_model(self._task, str(_best_file(self._root, best)), device=str(self.args.device))
+            self._load_weights(best_file(self._root, best))
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         output = super()._finalize_training(*args, **kwargs)  # type: ignore[no-untyped-call]
-        self._load_best_weights()
+        if self._sharded is None:
+            self._load_best_weights()
         return output
+
+    def save_optimizer(self, folder: Path) -> None:
+        """Keep the optimiser's state by parameter name; with sharding all ranks help."""
+        save_optimizer(self.inner_optimizer(), self._task, folder, write=self._context.rank == 0)
+
+    # Sharding
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As transformers has it, over this process's part of the parameters if they are sharded."""
+        if self._shard and self._sharded is None:
+            # Here, as a checkpoint's weights have been loaded by now and the optimiser does not exist yet.
+            self._sharded = Sharded(self._task, self.args.device.type)
+            self.model = self.model_wrapped = self._sharded
+            self.is_distributed_loading_by_transformers = True  # neither DDP nor accelerate's own FSDP around it
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        return optimizer
+
+    def _no_sync(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        return self.accelerator.no_sync(model=model) if self._sharded is None else self._sharded.no_sync()
+
+    def _whole(self) -> contextlib.AbstractContextManager[None]:
+        """Around what uses the task outside a training step's forward pass."""
+        return contextlib.nullcontext() if self._sharded is None else self._sharded.whole()
+
+    def restore(self) -> None:
+        """Put a sharded task together again, with the best weights if they are kept."""
+        if self._sharded is not None:
+            self._sharded.restore()
+            self._sharded = None
+            self._load_best_weights()
+
+    def inner_optimizer(self) -> torch.optim.Optimizer:
+        """torch's own optimiser, without accelerate's wrapper."""
+        return cast("torch.optim.Optimizer", getattr(self.optimizer, "optimizer", self.optimizer))
 
     def release(self) -> None:
         """Take autocast and DDP off the task again, and let go of the optimiser."""
@@ -477,145 +650,25 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-# Checkpoints on disk
+def micro_batch_seed(seed: int, step: int, rank: int, position: int) -> int:
+    """63 bits, for torch: independent for each micro-batch."""
+    # One more, as numpy takes a last 0 for absent: position 0 would have the seed of the step.
+    return int(np.random.SeedSequence([seed, step, rank, position + 1]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def newest_checkpoint(root: Path) -> Path | None:
-    """The whole checkpoint of the highest step; None if there is none."""
-    whole = [folder for folder in root.glob("checkpoint-*") if _is_whole(folder)] if root.is_dir() else []
-    return max(whole, key=checkpoint_step, default=None)
-
-
-def checkpoint_step(folder: Path) -> int:
-    """The step that a checkpoint was written after."""
-    return int(folder.name.removeprefix("checkpoint-"))
-
-
-def _complete(folder: Path, facts: dict[str, Any]) -> None:
-    """Sync a checkpoint's files, then write the marker."""
-    files = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.is_file()}
-    for name in files:
-        _sync(folder / name)
-    write_json(folder / COMPLETE, {**facts, "files": files})
-    _sync(folder)
-    _sync(folder.parent)
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        marker = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
-        return all((folder / name).stat().st_size == size for name, size in marker["files"].items())
-    except (OSError, json.JSONDecodeError):
-        return False
-
-
-def _best_file(root: Path, step: int | None) -> Path:
-    return root / f"best-{step}.safetensors"
-
-
-def _delete_leftovers(root: Path, keep: int | None = None) -> None:
-    """Delete partial checkpoints, all but the `keep` newest whole ones, and best weights that no remaining checkpoint names."""
-    whole = sorted((folder for folder in root.glob("checkpoint-*") if _is_whole(folder)), key=checkpoint_step)
-    kept = whole if keep is None else whole[-keep:]
-    for folder in root.glob("checkpoint-*"):
-        if folder not in kept:
-            with contextlib.suppress(FileNotFoundError):
-                (folder / COMPLETE).unlink()  # first, so that a kill here leaves nothing that looks whole
-            shutil.rmtree(folder, ignore_errors=True)
-    named = {_best_file(root, json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["best_step"]) for folder in kept}
-    for file in root.glob("best-*.safetensors"):
-        if file not in named:
-            file.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _disk_errors(root: Path, partial: Path | None = None) -> Iterator[None]:
-    """DiskError for whatever a full disk looks like from inside torch and safetensors; the partial checkpoint is deleted."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        full = "No space left" in str(error) or "file write failed" in str(error) or _disk_is_full(root)
-        if not isinstance(error, OSError | SafetensorError) and not full:
-            raise
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-        found = error if isinstance(error, OSError) and not full else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if full else None
-        raise (disk_error(found, root) if found else DiskError(f"{root}: {error}; earlier checkpoints are intact")) from error
-
-
-def _disk_is_full(root: Path) -> bool:
-    return shutil.disk_usage(root).free < 1 << 20
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-# Options
-
-
-def _arguments(
-    settings: TrainingSettings,
-    *,
-    num_steps: int,
-    folder: Path,
-    seed: int,
-    has_dev: bool,
-    main_dev_measure: str | None,
-    greater_is_better: bool,
-) -> transformers.TrainingArguments:
-    """TrainingArguments from a recipe's options and what the pipeline decides itself."""
-    options = {**settings.model_dump(), **(settings.model_extra or {})}
-    options.pop("load_best_model_at_end", None)
-    if options.get("fsdp"):
-        raise RecipeError(
-            "training.fsdp: sharded training is not supported yet; run with DDP (torchrun alone), which fits encoders of this size"
-        )
-    device_type, bf16 = mixed_precision(settings)
-    options.update(
-        output_dir=str(folder),
-        max_steps=num_steps,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=1,
-        seed=seed % 2**32,
-        bf16=bf16,
-        use_cpu=device_type == "cpu",
-        eval_strategy="steps" if has_dev else "no",
-        eval_steps=(settings.eval_steps or num_steps) if has_dev else None,
-        metric_for_best_model=main_dev_measure if has_dev else None,
-        greater_is_better=greater_is_better,
-        save_strategy="steps",
-        save_total_limit=None,  # ours deletes after the marker is written, transformers before
-        logging_strategy="steps",
-        logging_first_step=options.get("logging_first_step", True),
-        logging_nan_inf_filter=False,
-        remove_unused_columns=False,
-        ignore_data_skip=True,
-        average_tokens_across_devices=False,
-        label_names=[],
-        disable_tqdm=True,
-        log_level="error",
-        log_level_replica="error",
-    )
-    try:
-        arguments = transformers.TrainingArguments(**options)
-        _ = arguments.device
-    except (ValueError, TypeError, ImportError) as error:
-        raise RecipeError(f"training options: {error}") from error
-    arguments._n_gpu = min(
-        arguments.n_gpu, 1
-    )  # one process, one device: a step is a list of micro-batches, which DataParallel cannot split
-    return arguments
-
-
-def _load_best(settings: TrainingSettings, dev: object, main_dev_measure: str | None) -> bool:
-    wanted = bool((settings.model_extra or {}).get("load_best_model_at_end", False))
-    if wanted and (dev is None or main_dev_measure is None):
-        raise RecipeError(
-            "training.load_best_model_at_end: there is no dev measure to choose by; give the data a dev split or leave it out"
-        )
-    return wanted
+__all__ = [
+    "MicroBatch",
+    "SimlmTrainer",
+    "SpikeGuard",
+    "StepBatches",
+    "TrainingContext",
+    "TrainingResult",
+    "checkpoint_step",
+    "micro_batch_seed",
+    "mixed_precision",
+    "newest_checkpoint",
+    "num_training_steps",
+    "save_optimizer",
+    "step_seed",
+    "train",
+]
