@@ -159,7 +159,7 @@ def test_gradient_reaches_the_bottleneck(name: str, tiny_store: Store, generator
     assert (gradient[:, 0].abs().sum(-1) > 0).all()
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -184,10 +184,10 @@ def test_resumes_bit_exactly_and_exports(
 
     def killed(self: PassageSteps, step: int, rank: int, num_ranks: int) -> list[dict[str, Any]]:
         if step == 3:
-            raise Killed
+            raise KilledError
         return load(self, step, rank, num_ranks)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
         patch.setattr(PassageSteps, "load", killed)
         run_stage(settings, inputs, tmp_path / "resumed")
     resumed = run_stage(settings, inputs, tmp_path / "resumed")

@@ -65,7 +65,7 @@ class Parts:
     """What objectives are built from. generator: folder of the generator, None if the recipe has none.
 
     continued: folder of an earlier pre-training whose other parts (a decoder) come along, None at the start.
-    idf_V: rarity of each token id, for masks drawn by it. corpus_ids: ascending token ids that occur in the corpus, for the softmax over them.
+    idf_V: rarity of each token id, for masks drawn by it. corpus_ids: ascending ids that occur in the corpus, for a softmax over them.
     """
 
     masked_lm: PreTrainedModel

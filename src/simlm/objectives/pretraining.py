@@ -34,6 +34,9 @@ SIMLM_FILE = "simlm.json"
 class Pretraining(nn.Module):
     """Encoder with head, generator, and the objectives of a recipe; `forward` gives a micro-batch's share of the step's loss."""
 
+    _corpus_ids: Tensor | None
+    _corpus_rows: Tensor | None
+
     def __init__(
         self,
         masked_lm: PreTrainedModel,
@@ -85,7 +88,9 @@ class Pretraining(nn.Module):
         cuts = list(dict.fromkeys(objective.sequences for objective in objectives.values() if objective.sequences != "passages"))
         if len(cuts) > 1:
             named = ", ".join(f"{name} ({objective.sequences})" for name, objective in objectives.items())
-            raise ModelError(f"pretrain.objective: {named} cut passages in different ways and cannot share an encoder pass; choose one of them")
+            raise ModelError(
+                f"pretrain.objective: {named} cut passages in different ways and cannot share an encoder pass; choose one of them"
+            )
         generator, refresh = _generator(settings, parts, objectives)
         contrasting = [name for name, objective in objectives.items() if objective.contrasts]
         first = next(iter(objectives.values()))
@@ -297,9 +302,8 @@ class Pretraining(nn.Module):
         factors = [weight / term.divisor for _, term, weight in terms]
         row_weights = None
         if len(set(factors)) > 1:
-            row_weights = torch.cat(
-                [torch.full((len(term.labels_N),), factor, device=labels.device) for (_, term, _), factor in zip(terms, factors, strict=True)]
-            )
+            sizes = torch.tensor([len(term.labels_N) for _, term, _ in terms], device=labels.device)
+            row_weights = torch.tensor(factors, device=labels.device).repeat_interleave(sizes, output_size=len(labels))
         total, loss_N = cross_entropy_and_rows(features, matrix, bias, labels, row_weights_N=row_weights)
         loss = total if row_weights is not None else total * factors[0]
         rows = torch.split(loss_N, [len(term.labels_N) for _, term, _ in terms])
@@ -310,14 +314,12 @@ class Pretraining(nn.Module):
         ids = self._corpus_ids
         if ids is None:
             return features, weight, bias
-        assert isinstance(ids, Tensor)
         return features, weight.index_select(0, ids), None if bias is None else bias.index_select(0, ids)
 
     def _head_ids(self, ids: Tensor) -> Tensor:
         rows = self._corpus_rows
         if rows is None:
             return ids
-        assert isinstance(rows, Tensor)
         return rows.index_select(0, ids)
 
     def _replaced(self, seen: EncoderPass, step_tokens: float) -> dict[str, Tensor]:

@@ -42,7 +42,7 @@ class Feeding:
     seed: int
 
     def micro_batches(self, rows_S: Ints, epochs_S: Ints, rank: int = 0, num_ranks: int = 1) -> list[MicroBatch]:
-        """This rank's share of the passages `rows_S`, longest first; see `simlm.objectives.pretraining.Pretraining.forward` for the entries.
+        """This rank's share of the passages `rows_S`, longest first; see `Pretraining.forward` for the entries.
 
         Passages are dealt out to the ranks in order of length, so all have the same work.
         """

@@ -71,8 +71,8 @@ def run(settings: PretrainSettings, inputs: dict[str, Path], context: Context) -
     main = {"loss": "loss", "probe": "probe_RR@10", "last": "loss"}[settings.best_by]
     if settings.best_by != "last" and main not in measured:
         raise RecipeError(
-            f'pretrain.best_by is "{settings.best_by}", but nothing is held out to measure {main} on ({len(held_out)} passages are held out '
-            f"of {len(store.passages):,}, the probe has {settings.probe.num_passages}); raise held_out_passages, or set best_by = \"last\""
+            f'pretrain.best_by is "{settings.best_by}", but there is nothing to measure {main} on ({len(held_out)} passages held out of '
+            f'{len(store.passages):,}, probe.num_passages {settings.probe.num_passages}); raise them, or set best_by = "last"'
         )
     result = train(
         task,

@@ -37,7 +37,7 @@ def run(settings: GeneratorSettings, inputs: dict[str, Path], context: Context) 
 
 
 def _fresh(settings: GeneratorSettings, store: Store, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
-    """A generator of the settings' shape that predicts token frequencies; ModelError if the corpus has longer passages than it has positions."""
+    """A generator of the settings' shape that predicts token frequencies; ModelError if passages are longer than its positions."""
     from simlm.models.backbone import load_masked_lm, set_output_bias
     from simlm.objectives.start import check_length, log_frequencies
     from simlm.recipe import ModelSettings
