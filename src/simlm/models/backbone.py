@@ -451,6 +451,24 @@ def layer_inputs(encoder: PreTrainedModel, hidden_BTH: Tensor, attention_mask: T
     return LayerInputs(masks, angles)
 
 
+def with_mask(encoder: PreTrainedModel, inputs: LayerInputs, allowed_BTT: Tensor, dtype: torch.dtype) -> LayerInputs:
+    """`inputs` with another attention mask for every layer, sliding windows included.
+
+    allowed_BTT: bool, True where row t may attend to column; B may be 1. dtype: of the hidden states.
+    Raises ModelError if the attention implementation takes no such mask.
+    """
+    attention = encoder.config._attn_implementation
+    mask = allowed_BTT[:, None]
+    if attention == "eager":
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    elif attention != "sdpa":
+        raise ModelError(
+            f"model.attention: {attention!r} takes no mask of single positions, which this objective needs; "
+            'set model.attention = "sdpa" or leave it out'
+        )
+    return LayerInputs(dict.fromkeys(inputs.masks, mask), inputs.angles)
+
+
 def run_layers(layers: Iterable[nn.Module], hidden_BTH: Tensor, inputs: LayerInputs) -> Tensor:
     """hidden_BTH after `layers`, any of one encoder or copies of them, without its final norm."""
     for layer in layers:

@@ -72,21 +72,25 @@ class VisibleViews:
 
     def __call__(self, batch: TokenBatch, draws: Draws) -> dict[str, Tensor]:
         size, width = batch.input_ids.shape
-        # Number n of a sequence belongs to the same pair of positions whatever its batch is padded to.
         numbers = draws.uniforms(VISIBLE_STREAM, -(-(width * width) // _LANES)) * 2.0**48
-        lanes = numbers.astype("<u8").view("<u2").reshape(size, -1, 4)[..., :_LANES].reshape(size, -1)
-        visible_BTT = (lanes < min(round((1.0 - self.rate) * 2**16), 2**16 - 1))[:, _shells(width)]
-        visible_BTT &= batch.attention_mask[:, None].astype(bool) & ~np.eye(width, dtype=bool)
+        drawn = numbers.astype("<u8").view("<u2").reshape(size, -1) < min(round((1.0 - self.rate) * 2**16), 2**16 - 1)
+        visible_BTT = np.take(drawn, _places(width), axis=1)
+        visible_BTT &= (batch.attention_mask != 0)[:, None]
+        visible_BTT[:, np.arange(width), np.arange(width)] = False
         visible_BTT[:, :, 0] = True
         return {"visible": torch.from_numpy(visible_BTT)}
 
 
-def _shells(width: int) -> NDArray[np.int64]:
-    """[T, T]: the pairs (i, j) numbered by max(i, j) first, so that a wider table only adds numbers behind."""
+def _places(width: int) -> NDArray[np.int64]:
+    """[T, T]: where the 16-bit number of each pair (i, j) stands, four to a random number, of which the last is not used.
+
+    Pairs are numbered by max(i, j) first, so a batch that is padded further only adds numbers behind.
+    """
     rows, columns = np.indices((width, width))
     outer = np.maximum(rows, columns)
-    numbers: NDArray[np.int64] = outer * outer + np.where(rows < outer, rows, outer + columns)
-    return numbers
+    numbers = outer * outer + np.where(rows < outer, rows, outer + columns)
+    places: NDArray[np.int64] = numbers // _LANES * 4 + numbers % _LANES
+    return places
 
 
 class RetroMAE(Objective):
