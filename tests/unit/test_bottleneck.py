@@ -74,6 +74,15 @@ def test_decoder_depends_on_the_encoder_through_its_cls_vector_alone(family: str
     assert all(parameter.grad is not None for parameter in layers_of(encoder_of(model.masked_lm)).parameters())
 
 
+def test_windowed_layers_of_a_decoder_see_everything() -> None:
+    """ModernBERT's local layers reach a few tokens only; as decoder layers they must reach [CLS] from any place."""
+    settings = ModelSettings(start="scratch", config=CONFIGS["modernbert"] | {"local_attention": 4, "global_attn_every_n_layers": 99})
+    model = Both(load_masked_lm(settings, vocab_size=60, dropout=0.0), 1)
+    encoder_hidden, decoder_hidden = model(*torch.randint(5, 60, (2, 1, 30)))
+    (gradient,) = torch.autograd.grad(decoder_hidden[0, -1, 0], encoder_hidden)
+    assert gradient[0, 0].abs().sum() > 0
+
+
 def test_position_0_of_the_decoder_input_is_not_its_own_token() -> None:
     model = bottleneck("bert")
     ids = torch.randint(5, 60, (1, 7))

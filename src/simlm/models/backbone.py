@@ -427,6 +427,10 @@ class LayerInputs:
     masks: dict[str, Any]
     angles: dict[str, tuple[Tensor, Tensor]]
 
+    def without_windows(self) -> LayerInputs:
+        """The same with every layer seeing all tokens: a decoder of windowed layers could not reach [CLS] from afar."""
+        return LayerInputs(dict.fromkeys(self.masks, self.masks["full_attention"]), self.angles)
+
 
 def layer_inputs(encoder: PreTrainedModel, hidden_BTH: Tensor, attention_mask: Tensor | None) -> LayerInputs:
     """Masks (and rotary angles) for sequences of hidden_BTH's shape, in the form that the attention implementation wants.

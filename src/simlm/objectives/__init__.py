@@ -95,7 +95,7 @@ class Tokens:
 class Summed:
     """A loss term that is a sum: total is its sum over this micro-batch, count the number of its cases here, divisor that of the step.
 
-    measures: further dev measures, name -> (sum, count).
+    measures: further dev measures, name -> (sum, count); the term's own name is put before theirs.
     """
 
     name: str

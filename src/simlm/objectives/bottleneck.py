@@ -31,9 +31,9 @@ class Decoder(nn.Module):
         self.layers, self.norm = copy_last_layers(encoder_of(masked_lm), num_layers)
 
     def forward(self, cls_BH: Tensor, embedded_BTH: Tensor, inputs: LayerInputs) -> Tensor:
-        """Last states [B, T, H] over embedded_BTH, in which position 0 gives way to cls_BH."""
+        """Last states [B, T, H] over embedded_BTH, in which position 0 gives way to cls_BH. Every layer sees all tokens."""
         hidden_BTH = torch.cat([cls_BH[:, None], embedded_BTH[:, 1:]], 1)
-        hidden_BTH = run_layers(self.layers, hidden_BTH, inputs)
+        hidden_BTH = run_layers(self.layers, hidden_BTH, inputs.without_windows())
         return hidden_BTH if self.norm is None else self.norm(hidden_BTH)
 
 

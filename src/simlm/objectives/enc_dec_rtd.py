@@ -71,4 +71,4 @@ class EncDecRTD(Objective):
         total = F.binary_cross_entropy_with_logits(logits_N, replaced_N.float(), reduction="sum")
         count = torch.tensor(float(len(logits_N)), device=logits_N.device)
         found = ((logits_N > 0) & replaced_N).sum().float(), replaced_N.sum().float()
-        return Summed(name, total, count, seen.batch["step_tokens"], {f"{name}_accuracy_at_replaced": found})
+        return Summed(name, total, count, seen.batch["step_tokens"], {"accuracy_at_replaced": found})

@@ -162,7 +162,8 @@ class Pretraining(nn.Module):
                 for focus, places_N in term.focus.items():
                     measures[f"{name}_accuracy_at_{focus}"] = (correct_N & places_N).sum().float(), places_N.sum().float()
             else:
-                measures |= {f"{name}_loss": (term.total, term.count)} | term.measures
+                measures[f"{name}_loss"] = term.total, term.count
+                measures |= {f"{name}_{measure}": sums for measure, sums in term.measures.items()}
         if self.contrast is not None:
             measures["contrast_loss"] = self.contrast.measure(seen.hidden_BTH, seen.attention_mask)
         return measures | self._replaced_counts(seen)
