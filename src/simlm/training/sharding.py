@@ -13,18 +13,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+_STATE_DICT_HOOKS = ("_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+
 
 class Sharded(nn.Module):
-    """A task whose parameters lie in parts on all processes, until `restore`. Its methods are to be called on all of them at once."""
+    """A task whose trained parameters lie in parts on all processes, until `restore`. All processes have to call its methods."""
 
     def __init__(self, task: nn.Module, device_type: str) -> None:
         super().__init__()
         self.task = task
-        mesh = torch.distributed.init_device_mesh(device_type, (torch.distributed.get_world_size(),))
-        fully_shard(self, mesh=mesh, reshard_after_forward=False)
+        mesh = init_device_mesh(device_type, (torch.distributed.get_world_size(),))
+        # FSDP2 has no way back, and hooks on every submodule's state dict: remember which were there before.
+        self._hooks = [(module, {name: set(getattr(module, name)) for name in _STATE_DICT_HOOKS}) for module in task.modules()]
+        # What is not trained has neither gradient nor moments to share, and a task may write to it (a refreshed generator).
+        frozen = {parameter for parameter in task.parameters() if not parameter.requires_grad}
+        fully_shard(self, mesh=mesh, reshard_after_forward=False, ignored_params=frozen)
 
     def forward(self, **micro_batch: Any) -> Any:
         return self.task(**micro_batch)
@@ -71,16 +78,19 @@ class Sharded(nn.Module):
         self.reshard()
         new: dict[int, nn.Parameter] = {}
         for module in self.task.modules():
-            for name, parameter in module._parameters.items():
+            parameters: dict[str, Any] = module._parameters
+            for name, parameter in parameters.items():
                 if isinstance(parameter, DTensor):
                     if id(parameter) not in new:
                         # A copy: what is gathered may be a view of a padded buffer.
                         value = whole_tensor(parameter.detach()).clone()
                         new[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
-                    module._parameters[name] = new[id(parameter)]
-            # FSDP2 has no way back; what it leaves on submodules is the hook that shards before a state dict is taken.
-            module._state_dict_pre_hooks.clear()
-            module._load_state_dict_pre_hooks.clear()
+                    parameters[name] = new[id(parameter)]
+        for module, hooks in self._hooks:
+            for name, before in hooks.items():
+                found = getattr(module, name)
+                for added in found.keys() - before:
+                    del found[added]
 
 
 def whole_tensor(value: Tensor) -> Tensor:
