@@ -1,4 +1,4 @@
-"""The command line: simlm run | plan | init | <stage> | search | evaluate | report."""
+"""The command line: simlm run | plan | init | <stage> | search | evaluate | report | compare-objectives."""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ app = typer.Typer(
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a .toml file.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting; may be repeated.")]
 StepOption = Annotated[list[str] | None, typer.Option("--step", help="Only this step of the stage; may be repeated.")]
+StartOverOption = Annotated[
+    list[str] | None,
+    typer.Option("--start-over", metavar="STEP", help="Delete the interrupted work of this step first; may be repeated."),
+]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run (runs/NAME).")]
 
 
@@ -62,11 +66,11 @@ def _options(
 
 
 @app.command()
-def run(recipe: RecipeArgument, changes: SetOption = None) -> None:
+def run(recipe: RecipeArgument, changes: SetOption = None, start_over: StartOverOption = None) -> None:
     """Do everything a recipe says; finished steps are skipped, interrupted ones go on."""
     from simlm.pipeline import run_recipe
 
-    folder = run_recipe(recipe, overrides=changes)
+    folder = run_recipe(recipe, overrides=changes, start_over=start_over)
     if int(os.environ.get("RANK", "0")) == 0:
         _print_report(folder)
         _print_next(folder)
@@ -115,6 +119,31 @@ def plan(recipe: RecipeArgument, changes: SetOption = None) -> None:
         f"left: about {_seconds(seconds_left)}, {_bytes(peak)} of memory, {_bytes(disk_left)} of disk "
         "(~ marks estimates, good to a factor of two)"
     )
+
+
+@app.command("compare-objectives")
+def compare_objectives(
+    recipe: RecipeArgument,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", metavar="NAME", help="Only this row, or this table, of the grid; may be repeated.")
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Show the grid and what is left of it; do nothing.")] = False,
+    changes: SetOption = None,
+) -> None:
+    """Compare pre-trainings on your corpus: objectives, replace rates, generators, corpora, over seeds."""
+    from simlm import compare
+    from simlm.recipe import load_recipe
+
+    loaded = load_recipe(recipe, changes)
+    if plan:
+        _print_grid(compare.make_grid(loaded), only)
+        return
+    folder = compare.compare_objectives(loaded, only=only)
+    if int(os.environ.get("RANK", "0")) == 0:
+        results = compare.read_results(folder)
+        _print_comparison(results, folder)
+        if results["cells"]["failed"]:
+            raise typer.Exit(1)
 
 
 @app.command()
@@ -201,7 +230,9 @@ def report(folder: RunArgument) -> None:
     _print_report(folder)
 
 
-def _stage_command(stage: str, recipe: Path, changes: list[str] | None, names: list[str] | None) -> None:
+def _stage_command(
+    stage: str, recipe: Path, changes: list[str] | None, names: list[str] | None, start_over: list[str] | None = None
+) -> None:
     """Do the steps of one stage (or those named) and whatever they need that is not done yet."""
     from simlm.pipeline import make_plan, run_recipe
     from simlm.recipe import load_recipe
@@ -219,14 +250,14 @@ def _stage_command(stage: str, recipe: Path, changes: list[str] | None, names: l
             )
     if not steps:
         raise SimlmError(f"{recipe}: has no {stage} step; `simlm plan {recipe}` shows the steps it has")
-    folder = run_recipe(loaded, only=names or steps)
+    folder = run_recipe(loaded, only=names or steps, start_over=start_over)
     if stage == "evaluate" and ranks.rank == 0:
         _print_report(folder)
 
 
 def _add_stage(stage: str, description: str) -> None:
-    def command(recipe: RecipeArgument, step: StepOption = None, changes: SetOption = None) -> None:
-        _stage_command(stage, recipe, changes, step)
+    def command(recipe: RecipeArgument, step: StepOption = None, changes: SetOption = None, start_over: StartOverOption = None) -> None:
+        _stage_command(stage, recipe, changes, step, start_over)
 
     command.__doc__ = f"{description} (and what that needs, if it is not done yet)."
     app.command(stage.replace("_", "-"))(command)
@@ -266,6 +297,49 @@ def _print_report(folder: Path) -> None:
     for verdict in verdicts(metrics):
         console.print(verdict)
     console.print(f"report: {path / 'report.html'}  (also report.md, metrics.json)")
+
+
+def _print_grid(grid: Any, only: list[str] | None) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(f"{grid.recipe.name} -> {grid.folder}"), title_justify="left")
+    for column in ("row", "table", "state"):
+        table.add_column(column, overflow="fold")
+    for column in ("seed", "training steps", "pipeline steps left"):
+        table.add_column(column, justify="right")
+    cells = grid.wanted(only)
+    left = 0
+    for cell in cells:
+        state, why = grid.state(cell)
+        steps = grid.training_steps(cell)
+        left += state != "done"
+        shown = escape(state + (f": {why}" if why else ""))
+        table.add_row(escape(cell.row.name), cell.row.table, shown, str(cell.seed), steps, grid.steps_left(cell))
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table)
+    for note in grid.notes:
+        console.print(f"note: {note}", markup=False)
+    console.print(f"{left} of {len(cells)} trainings are to be done, each pre-training and retriever 1; equal ones are shared")
+
+
+def _print_comparison(results: dict[str, Any], folder: Path) -> None:
+    from rich.console import Console
+
+    from simlm.evaluation.report import comparison
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for table in comparison.terminal_tables(results):
+        console.print(table)
+    for verdict in comparison.conclusions(results):
+        console.print(verdict)
+    for table in results["tables"]:
+        for row in table["rows"]:
+            for seed, error in row["errors"].items():
+                console.print(f"{row['name']}, seed {seed}: {error}", style="red", markup=False)
+    console.print(comparison.caption(results), markup=False, highlight=False)
+    console.print(f"comparison: {folder / 'comparison.html'}  (also comparison.md, comparison.json)", markup=False, soft_wrap=True)
 
 
 def _print_next(folder: Path) -> None:

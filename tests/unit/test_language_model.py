@@ -15,6 +15,8 @@ from simlm.losses.language_model import (
     chunked_cross_entropy,
     cross_entropy_and_rows,
     default_chunk_rows,
+    padded_columns,
+    padded_probabilities,
     token_losses,
 )
 
@@ -167,6 +169,31 @@ def test_bag_of_words_shapes() -> None:
         bag_of_words_cross_entropy(features, weight, bias, nothing, nothing, 5)
     with pytest.raises(ShapeError, match="flat lists"):
         bag_of_words_cross_entropy(features, weight, bias, nothing, torch.zeros(1, dtype=torch.int64), 23)
+
+
+def test_padded_probabilities() -> None:
+    features, weight, bias, _ = _tensors()
+    found = padded_probabilities(features, weight, bias, temperature=0.5)
+    logits = (features @ weight.T + bias).detach()
+    assert found.shape == (23, 128) and found.is_contiguous() and not found.requires_grad
+    torch.testing.assert_close(found[:, :37], torch.softmax(logits / 0.5, 1), rtol=1e-5, atol=1e-6)
+    assert not found[:, 37:].any()
+    assert [padded_columns(number) for number in (1, 128, 129, 30_522)] == [128, 128, 256, 30_592]
+
+
+def test_vocabulary_that_fills_its_columns() -> None:
+    features, weight, bias, labels = _tensors(num_entries=256)
+    chunked_cross_entropy(features, weight, bias, labels, 9).backward()
+    leaf = weight.detach().clone().requires_grad_()
+    cross_entropy(features.detach() @ leaf.T + bias.detach(), labels, reduction="sum").backward()
+    torch.testing.assert_close(weight.grad, leaf.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_hopeless_label_has_its_exact_loss() -> None:
+    # Its probability, e^-500, is 0 in fp32; the loss is not infinite for that.
+    features, weight = torch.tensor([[1.0]]), torch.tensor([[0.0], [500.0]])
+    assert chunked_cross_entropy(features, weight, None, torch.tensor([0])).item() == 500.0
+    assert token_losses(features, weight, None, torch.tensor([0]))[0].item() == 500.0
 
 
 def test_token_losses() -> None:

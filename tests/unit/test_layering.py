@@ -28,6 +28,7 @@ LAYERS = {
     "objectives": 3,
     "training": 3,
     "stages": 4,
+    "compare": 5,
     "estimates": 5,
     "pipeline": 5,
     "scaffold": 5,
