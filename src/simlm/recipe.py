@@ -213,7 +213,7 @@ class PretrainSettings(Section):
     """Passages kept out of training for the dev loss (the reference code's number; at most a tenth of the corpus)."""
     probe: ProbeSettings = Field(default_factory=ProbeSettings)
     spike_ratio: Annotated[float, Field(gt=1.0)] | None = 2.0
-    """A step whose loss is more than this many times the running mean is skipped and logged; none = never."""
+    """A step whose loss is more than this many times the running mean (and a nat above it) is skipped and logged; none = never."""
     max_spikes: PositiveInt = 10
     """Skipped steps in a row after which training stops."""
     keep_optimizer: bool = False

@@ -488,6 +488,15 @@ class Speaking(Progress):
         self.said.append(message)
 
 
+def test_a_small_loss_may_double() -> None:
+    for least, expected in ((0.0, 1.0), (1.0, 0.0)):
+        watch = SpikeWatch(SpikeGuard(2.0, 3, least), torch.device("cpu"))
+        for step in range(FIRST_STEPS):
+            watch.judge(step + 1, torch.tensor(0.05))
+        assert watch.judge(21, torch.tensor(0.2)).item() == expected
+        assert watch.judge(22, torch.tensor(1.2)).item() == 1.0
+
+
 def test_the_running_mean_of_the_guard() -> None:
     watch = SpikeWatch(SpikeGuard(2.0, 3), torch.device("cpu"))
     losses = [4.0 + 0.1 * step for step in range(FIRST_STEPS)]

@@ -473,6 +473,51 @@ def with_mask(encoder: PreTrainedModel, inputs: LayerInputs, allowed_BTT: Tensor
     return LayerInputs(dict.fromkeys(inputs.masks, mask), inputs.angles)
 
 
+_BERT_LAYER = {
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "attended": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+    "widen": "intermediate.dense",
+    "narrow": "output.dense",
+    "norm": "output.LayerNorm",
+}
+_DISTILBERT_LAYER = {
+    "query": "attention.q_lin",
+    "key": "attention.k_lin",
+    "value": "attention.v_lin",
+    "attended": "attention.out_lin",
+    "attention_norm": "sa_layer_norm",
+    "widen": "ffn.lin1",
+    "narrow": "ffn.lin2",
+    "norm": "output_layer_norm",
+}
+_POST_NORM_LAYERS = dict.fromkeys(("bert", "electra", "roberta", "xlm-roberta"), _BERT_LAYER) | {"distilbert": _DISTILBERT_LAYER}
+
+
+def post_norm_parts(model: PreTrainedModel, layer: nn.Module) -> dict[str, nn.Module]:
+    """The parts of one of its layers by plain names (query, key, value, attended, attention_norm, widen, narrow, norm), not copied.
+
+    Empty where the architecture's layers are made of other parts (ModernBERT).
+    """
+    paths = _POST_NORM_LAYERS.get(model.config.model_type, {})
+    return {name: layer.get_submodule(path) for name, path in paths.items()}
+
+
+def position_embeddings(encoder: PreTrainedModel, like_BTH: Tensor) -> Tensor:
+    """Of positions 0..T-1, [T, H], not normalised; projected where they are narrower than the layers (ELECTRA), 0 where there are none."""
+    num_tokens = like_BTH.shape[1]
+    positions: Any = getattr(encoder.embeddings, "position_embeddings", None)
+    if positions is None:
+        return like_BTH.new_zeros(num_tokens, like_BTH.shape[2])
+    # RoBERTa counts from behind the padding id, which its table knows.
+    first = 0 if positions.padding_idx is None else positions.padding_idx + 1
+    positions_TH: Tensor = positions.weight[first : first + num_tokens]
+    project: Any = getattr(encoder, "embeddings_project", None)
+    return positions_TH if project is None else cast("Tensor", project(positions_TH))
+
+
 def run_layers(layers: Iterable[nn.Module], hidden_BTH: Tensor, inputs: LayerInputs) -> Tensor:
     """hidden_BTH after `layers`, any of one encoder or copies of them, without its final norm."""
     for layer in layers:

@@ -27,7 +27,7 @@ from transformers.activations import ACT2FN
 
 from simlm.data.batches import TokenBatch
 from simlm.errors import ModelError
-from simlm.models.backbone import encoder_of, layers_of
+from simlm.models.backbone import encoder_of, layers_of, position_embeddings, post_norm_parts
 from simlm.objectives import EncoderPass, ExtraViews, Objective, Parts, Term, Tokens, at
 from simlm.objectives.masking import Draws
 from simlm.recipe import PretrainSettings
@@ -37,28 +37,6 @@ VISIBLE_STREAM = 16
 
 _LANES = 3
 """16-bit numbers taken from each random number; of its 53 bits the first 48 are used."""
-
-_BERT = {
-    "query": "attention.self.query",
-    "key": "attention.self.key",
-    "value": "attention.self.value",
-    "attended": "attention.output.dense",
-    "attention_norm": "attention.output.LayerNorm",
-    "widen": "intermediate.dense",
-    "narrow": "output.dense",
-    "norm": "output.LayerNorm",
-}
-_DISTILBERT = {
-    "query": "attention.q_lin",
-    "key": "attention.k_lin",
-    "value": "attention.v_lin",
-    "attended": "attention.out_lin",
-    "attention_norm": "sa_layer_norm",
-    "widen": "ffn.lin1",
-    "narrow": "ffn.lin2",
-    "norm": "output_layer_norm",
-}
-_LAYER_PARTS = {"bert": _BERT, "electra": _BERT, "roberta": _BERT, "xlm-roberta": _BERT, "distilbert": _DISTILBERT}
 
 
 @dataclass(frozen=True)
@@ -119,23 +97,10 @@ class RetroMAE(Objective):
     def terms(self, seen: EncoderPass) -> list[Term]:
         embedded_BTH = seen.decoder_embeddings(seen.original_BT)
         contents_BTH = torch.cat([seen.cls_BH[:, None], embedded_BTH[:, 1:]], 1)
-        queries_BTH = seen.cls_BH[:, None] + _positions(encoder_of(seen.masked_lm), contents_BTH)
+        queries_BTH = seen.cls_BH[:, None] + position_embeddings(encoder_of(seen.masked_lm), contents_BTH)
         angles = next(iter(seen.inputs.angles.values()), None)
         hidden_BTH = self.decoder(queries_BTH, contents_BTH, seen.batch["visible"], angles)
         return [Tokens("decoder", at(hidden_BTH, seen.scored_N), seen.labels_N, seen.batch["step_tokens"])]
-
-
-def _positions(encoder: PreTrainedModel, like_BTH: Tensor) -> Tensor:
-    """Position embeddings [T, H], not normalised; projected where they are narrower than the layers (ELECTRA), 0 where there are none."""
-    num_tokens = like_BTH.shape[1]
-    positions: Any = getattr(encoder.embeddings, "position_embeddings", None)
-    if positions is None:
-        return like_BTH.new_zeros(num_tokens, like_BTH.shape[2])
-    # RoBERTa counts from behind the padding id, which its table knows.
-    first = 0 if positions.padding_idx is None else positions.padding_idx + 1
-    positions_TH: Tensor = positions.weight[first : first + num_tokens]
-    project: Any = getattr(encoder, "embeddings_project", None)
-    return positions_TH if project is None else project(positions_TH)
 
 
 class EnhancedDecoder(nn.Module):
@@ -146,8 +111,7 @@ class EnhancedDecoder(nn.Module):
         config = masked_lm.config
         last = layers_of(encoder_of(masked_lm))[-1]
         self.num_heads = int(config.num_attention_heads)
-        paths = _LAYER_PARTS.get(config.model_type)
-        parts = _fresh_parts(config) if paths is None else {name: copy.deepcopy(last.get_submodule(path)) for name, path in paths.items()}
+        parts = copy.deepcopy(post_norm_parts(masked_lm, last)) or _fresh_parts(config)
         self.query, self.key, self.value, self.attended = (parts[name] for name in ("query", "key", "value", "attended"))
         self.widen, self.narrow = parts["widen"], parts["narrow"]
         self.attention_norm, self.norm = parts["attention_norm"], parts["norm"]

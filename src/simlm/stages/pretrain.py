@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from simlm.objectives.steps import Feeding
 
 
+LEAST_LEAP = 1.0
+"""Nats above the running mean that a loss spike has at least. Ours: well above what a loss near 0 does by chance."""
+
+
 def run(settings: PretrainSettings, inputs: dict[str, Path], context: Context) -> None:
     """Pre-train, continuing where an interrupted run stopped, and save encoder, head and decoder."""
     from simlm.data.store import Store
@@ -83,7 +87,7 @@ def run(settings: PretrainSettings, inputs: dict[str, Path], context: Context) -
         main_dev_measure=main if main in measured else None,
         greater_is_better=settings.best_by == "probe",
         keep_best=settings.best_by != "last",
-        spikes=None if settings.spike_ratio is None else SpikeGuard(settings.spike_ratio, settings.max_spikes),
+        spikes=None if settings.spike_ratio is None else SpikeGuard(settings.spike_ratio, settings.max_spikes, LEAST_LEAP),
         optimizer_from=continued if continued is not None and (continued / OPTIMIZER_FILE).is_file() else None,
         keep_optimizer_in=context.work if settings.keep_optimizer else None,
         description="pretrain",

@@ -24,11 +24,13 @@ class SpikeGuard:
 
     For losses above 0, as cross-entropies are. A skipped step moves neither weights nor optimiser nor the mean; the learning-rate
     schedule and the data go on. Only a loss that is not finite counts in the first FIRST_STEPS steps.
-    max_in_a_row: skipped steps in a row after which training stops.
+    max_in_a_row: skipped steps in a row after which training stops. least: a leap is also at least this much above the mean; a loss
+    that has come near 0, as contrasts do, doubles from step to step without anything being wrong.
     """
 
     ratio: float
     max_in_a_row: int
+    least: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class SpikeWatch:
         """`skip` for a step (counted from 1) with this loss, the same on all processes; the mean takes the loss in if it is kept."""
         total, weight, number = self._state
         mean = total / weight
-        leaps = (number >= FIRST_STEPS) & (loss > self.guard.ratio * mean)
+        leaps = (number >= FIRST_STEPS) & (loss > self.guard.ratio * mean) & (loss > mean + self.guard.least)
         bad = leaps | ~torch.isfinite(loss)
         decay = 0.5 ** (1 / HALF_LIFE_STEPS)
         self._state = torch.where(bad, self._state, torch.stack([total * decay + loss, weight * decay + 1, number + 1]))
