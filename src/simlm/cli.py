@@ -34,7 +34,7 @@ RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of 
 
 def main() -> None:
     """Entry point: allocator first, then the command; a SimlmError is one message and exit code 2."""
-    from simlm.runtime import tune_allocator
+    from simlm.runtime import leave_processes, tune_allocator
 
     tune_allocator()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -42,6 +42,10 @@ def main() -> None:
     logging.getLogger("bm25s").setLevel(logging.WARNING)
     try:
         app()
+    except SystemExit as done:
+        if not done.code:
+            leave_processes()
+        raise
     except SimlmError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(2)

@@ -103,6 +103,24 @@ class Ranks:
         return value  # type: ignore[no-any-return]
 
 
+def leave_processes() -> None:
+    """After work that went well: leave the group of processes, if there is one.
+
+    What holds the group (a wrapped model) is collected first, and all wait for each other: a group torn down while the interpreter
+    ends can wait for ever for a thread that waits for the interpreter.
+    """
+    import gc
+
+    if "torch" not in sys.modules:
+        return
+    import torch.distributed
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def join_processes() -> Ranks:
     """Join the processes that torchrun started (RANK, WORLD_SIZE); alone where there is no torchrun."""
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -46,23 +47,29 @@ def step(task: DistributedDataParallel, micro_batches: list[dict[str, Any]], ran
 def work(rank: int, num_ranks: int, store_path: str, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=num_ranks)
-    store = Store.open(store_path)
     for name, case in CASES.items():
-        task = task_of(store, **case)
-        task.train()
-        parallel = DistributedDataParallel(task)
-        micro_batches = seeded(task, store, NUM_PASSAGES, MICRO_BATCH_TOKENS, rank, num_ranks)
-        # The second step fails under DDP if the first left out a parameter that requires a gradient.
-        for _ in range(2):
-            sums = step(parallel, micro_batches, rank, num_ranks)
-        totals = {}
-        for key in sorted(sums):
-            total = torch.tensor(sums[key], dtype=torch.float64)
-            torch.distributed.all_reduce(total)
-            totals[key] = total.item()
-        if rank == 0:
-            torch.save({"sums": totals, "gradients": gradients(task)}, Path(folder) / f"{name}.pt")
+        run_case(name, case, Store.open(store_path), Path(folder), rank, num_ranks)
+    # Before the group goes: a DDP module that outlives it ends the group's threads while it holds the GIL, which they may wait for.
+    gc.collect()
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def run_case(name: str, case: dict[str, Any], store: Store, folder: Path, rank: int, num_ranks: int) -> None:
+    task = task_of(store, **case)
+    task.train()
+    parallel = DistributedDataParallel(task)
+    micro_batches = seeded(task, store, NUM_PASSAGES, MICRO_BATCH_TOKENS, rank, num_ranks)
+    # The second step fails under DDP if the first left out a parameter that requires a gradient.
+    for _ in range(2):
+        sums = step(parallel, micro_batches, rank, num_ranks)
+    totals = {}
+    for key in sorted(sums):
+        total = torch.tensor(sums[key], dtype=torch.float64)
+        torch.distributed.all_reduce(total)
+        totals[key] = total.item()
+    if rank == 0:
+        torch.save({"sums": totals, "gradients": gradients(task)}, folder / f"{name}.pt")
 
 
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.slow)])

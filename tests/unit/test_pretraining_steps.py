@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from simlm.data.store import Store
+    from simlm.objectives import Sequences
 
 torch.set_num_threads(1)
 
@@ -131,6 +132,15 @@ def test_gradients_do_not_depend_on_the_cut(tiny_store: Store) -> None:
     assert whole.keys() == pieces.keys()
     for name, gradient in whole.items():
         torch.testing.assert_close(pieces[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["neighbours", "crops", "sentence_and_rest"])
+def test_cut_passages_keep_to_the_budget(tiny_store: Store, kind: Sequences) -> None:
+    fed = Feeding(tiny_store.passages, PretrainViews(0.3, cut_into=kind), 300, True, 1)
+    micro_batches = fed.micro_batches(np.arange(60), np.zeros(60, dtype=np.int64))
+    sizes = [micro_batch["input_ids"].numel() for micro_batch in micro_batches]
+    assert max(sizes) <= 300 and sum(len(micro_batch["input_ids"]) for micro_batch in micro_batches) == 120
+    assert sum(len(micro_batch["scored"]) for micro_batch in micro_batches) == micro_batches[0]["step_tokens"]
 
 
 def test_masked_lm_counts_its_budget(tiny_store: Store) -> None:

@@ -48,6 +48,12 @@ class Views(Protocol):
         """What goes through the model in place of the passages of `batch`, and the random numbers that belong to it."""
         ...
 
+    def lengths(
+        self, lengths_S: NDArray[np.integer[Any]], tokens_S: NDArray[np.int64], draws_S: Draws, template: Template
+    ) -> tuple[NDArray[np.integer[Any]], int]:
+        """(tokens of each passage's longest sequence, special ones included; sequences a passage): what micro-batches are cut by."""
+        ...
+
     def __call__(self, batch: TokenBatch, draws: Draws) -> dict[str, Tensor]:
         """Extra entries of a micro-batch (masks, random numbers) for the sequences of `batch`."""
         ...

@@ -46,11 +46,11 @@ class Feeding:
 
         Passages are dealt out to the ranks in order of length, so all have the same work.
         """
-        lengths_S = self.table.lengths[rows_S]
+        draws_S, tokens_S = Draws(self.seed, epochs_S, rows_S), token_counts(self.table, rows_S)
+        lengths_S, num_sequences = self.views.lengths(self.table.lengths[rows_S], tokens_S, draws_S, self.table.template)
         own = np.argsort(-lengths_S.astype(np.int64), kind="stable")[rank::num_ranks]
-        draws_S = Draws(self.seed, epochs_S, rows_S)
-        counts = {**self.views.step_counts(token_counts(self.table, rows_S), draws_S), "step_passages": float(len(rows_S))}
-        groups = length_batches(lengths_S[own], self.micro_batch_tokens)
+        counts = {**self.views.step_counts(tokens_S, draws_S), "step_passages": float(len(rows_S))}
+        groups = length_batches(lengths_S[own], self.micro_batch_tokens // num_sequences)
         return [self._micro_batch(rows_S[own[group]], epochs_S[own[group]]) | counts for group in groups]
 
     def _micro_batch(self, rows_B: Ints, epochs_B: Ints) -> MicroBatch:

@@ -6,6 +6,7 @@ Shapes: B sequences, T tokens, S passages of a step.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +39,15 @@ class PretrainViews:
 
     def sequences(self, batch: TokenBatch, draws: Draws, template: Template) -> tuple[TokenBatch, Draws]:
         return cut(batch, draws, self.cut_into, template)
+
+    def lengths(
+        self, lengths_S: NDArray[np.integer[Any]], tokens_S: NDArray[np.int64], draws_S: Draws, template: Template
+    ) -> tuple[NDArray[np.integer[Any]], int]:
+        """(tokens of each passage's longest sequence, special ones included; sequences a passage)."""
+        number = NUM_SEQUENCES[self.cut_into]
+        if number == 1:
+            return lengths_S, 1
+        return sequence_tokens(tokens_S, draws_S, self.cut_into).reshape(number, -1).max(0) + template.num_single, number
 
     def __call__(self, batch: TokenBatch, draws: Draws) -> dict[str, Tensor]:
         width = batch.input_ids.shape[1]
