@@ -590,11 +590,15 @@ def report(entered: dict[str, Contestant], results: dict[str, dict[str, Any]], o
             console.print(f"\n{entered[key].name}: one step, {result['profile']['seconds']:.2f} s")
             for name, part, calls in result["profile"]["operators"]:
                 console.print(f"  {part:6.1%}  {calls:6d} x  {name}", highlight=False)
-    print(json.dumps(figures | summary(results)))
+    print(
+        json.dumps(
+            figures | {"dropout": options.dropout} | summary(results, same_dropout="ours" if options.dropout is None else "ours_dropout")
+        )
+    )
 
 
-def summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The figures of the last line; see the module's docstring."""
+def summary(results: dict[str, dict[str, Any]], *, same_dropout: str) -> dict[str, Any]:
+    """The figures of the last line; see the module's docstring. same_dropout: key of ours with the plain one's dropout."""
 
     def ratio(above: str, below: str, value: Callable[[dict[str, Any]], float]) -> float | None:
         return round(value(results[above]) / value(results[below]), 3) if above in results and below in results else None
@@ -606,7 +610,7 @@ def summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {
         "speedup": ratio("ours", "plain", speed),
         "speedup_same_allocator": ratio("ours", "plain_tuned", speed),
-        "speedup_same_dropout": ratio("ours_dropout" if "ours_dropout" in results else "ours", "plain", speed),
+        "speedup_same_dropout": ratio(same_dropout, "plain", speed),
         "speedup_cpu_seconds": ratio("ours", "plain", lambda result: float(result["tokens_per_cpu_second"])),
         "speedup_bf16": ratio("ours_bf16", "plain", speed),
         "speedup_bf16_same_allocator": ratio("ours_bf16", "plain_tuned", speed),

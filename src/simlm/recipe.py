@@ -6,6 +6,7 @@ Each class below is one section of a recipe and the `settings` of the stage that
 
 from __future__ import annotations
 
+import math
 import os
 import tomllib
 from pathlib import Path
@@ -193,6 +194,8 @@ class PretrainSettings(Section):
     decoder_layers: PositiveInt = 2
     skip_layer: PositiveInt | None = None
     """condenser, cocondenser: the early layer whose states enter the head; none = half of the layers (arXiv 2104.08253)."""
+    ordinary_weight: Annotated[float, Field(gt=0)] = 0.1
+    """dupmae: of the bag of words from the ordinary tokens (method.md section 3)."""
     contrast_temperature: Annotated[float, Field(gt=0)] = 0.05
     """cocondenser, ict, cropping: divides the cosines of the spans' contrast (arXiv 2112.09118, table 6)."""
     generator: Literal["frozen", "joint", "self"] = "frozen"
@@ -222,6 +225,19 @@ class PretrainSettings(Section):
     """Which weights are kept: those of the last step, or of the dev measure that was best by held-out loss or by the probe's RR@10."""
     training: TrainingSettings = Field(default_factory=TrainingSettings)
 
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _name_or_table(cls, objective: Any) -> Any:
+        if isinstance(objective, str):
+            return objective
+        if isinstance(objective, dict) and all(
+            isinstance(weight, int | float) and not isinstance(weight, bool) for weight in objective.values()
+        ):
+            return {name: float(weight) for name, weight in objective.items()}
+        raise ValueError(
+            'a name, or a table of names and weights, was expected, for example "replaced_lm" or { replaced_lm = 1.0, bow = 0.1 }'
+        )
+
     @field_validator("objective")
     @classmethod
     def _known_objectives(cls, objective: str | dict[str, float]) -> str | dict[str, float]:
@@ -231,8 +247,12 @@ class PretrainSettings(Section):
         for name, weight in names.items():
             if name not in OBJECTIVE_NAMES:
                 raise ValueError(f"unknown objective {name!r}{nearest(name, OBJECTIVE_NAMES)} (known: {', '.join(OBJECTIVE_NAMES)})")
-            if not weight > 0:
+            if not 0 < weight < math.inf:
                 raise ValueError(f"the weight of {name!r} is {weight}, a number above 0 was expected; leave the objective out instead")
+        if "masked_lm" in list(names)[1:]:
+            raise ValueError(
+                '"masked_lm" is the encoder\'s own loss and adds nothing behind another objective; name it first, or leave it out'
+            )
         if "none" in names and len(names) > 1:
             raise ValueError('"none" trains nothing and cannot be combined with other objectives')
         return objective
@@ -246,6 +266,14 @@ class PretrainSettings(Section):
     def needs_generator(self) -> bool:
         """Whether any objective reads samples of the generator step's model."""
         return self.generator != "self" and not SAMPLING_OBJECTIVES.isdisjoint(self.objective_weights)
+
+    @model_validator(mode="after")
+    def _one_step_is_kept(self) -> PretrainSettings:
+        if self.keep_optimizer and self.best_by != "last":
+            raise ValueError(
+                f'keep_optimizer keeps the state of the last step, best_by = "{self.best_by}" the weights of another; set best_by = "last"'
+            )
+        return self
 
     @model_validator(mode="after")
     def _nested_masks(self) -> PretrainSettings:

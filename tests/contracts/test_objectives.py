@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import AutoModel
 
 from simlm.artifacts import ArtifactBuilder, build_artifact
+from simlm.data.batches import collate
 from simlm.errors import ModelError, RecipeError
 from simlm.models.backbone import load_masked_lm
 from simlm.objectives import OBJECTIVES, Parts, Summed, Tokens, find_objective
 from simlm.objectives.bottleneck import save_masked_lm
-from simlm.objectives.masking import idf_weights
-from simlm.objectives.pretraining import Pretraining
+from simlm.objectives.masking import Draws, Masking, idf_weights
+from simlm.objectives.pretraining import Pretraining, unused_settings
 from simlm.objectives.start import corpus_ids
 from simlm.objectives.steps import Feeding, PassageSteps, held_out_measures
 from simlm.progress import Progress
@@ -102,6 +104,9 @@ def test_names_are_known_without_torch() -> None:
         ({}, "empty table"),
         ({"bow": 0.0}, "weight of 'bow'"),
         ({"none": 1.0, "bow": 1.0}, "none"),
+        ({"bow": float("inf")}, "weight of 'bow'"),
+        (5, "a name, or a table of names and weights"),
+        ({"bow": "much"}, "a name, or a table of names and weights"),
     ):
         with pytest.raises(RecipeError, match=message):
             parse_recipe({"name": "x", "pretrain": {"objective": wrong}})
@@ -117,11 +122,11 @@ def test_loss_is_finite_and_every_parameter_learns(name: str, tiny_store: Store,
     without = [key for key, parameter in task.named_parameters() if parameter.requires_grad and parameter.grad is None]
     assert not without
     optimizer = torch.optim.AdamW([parameter for parameter in task.parameters() if parameter.requires_grad], lr=3e-3)
-    for _ in range(40):
+    for _ in range(20):
         optimizer.zero_grad()
         last = one_step(task, tiny_store)
         optimizer.step()
-    assert last["loss"] < 0.9 * found["loss"]
+    assert last["loss"] < 0.95 * found["loss"]
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -277,10 +282,65 @@ def test_softmax_over_the_corpus(tiny_store: Store, generator: Path) -> None:
     assert found == pytest.approx(one_step(plain, tiny_store)["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("masking", ["whole_word", "token", "span", "idf"])
-def test_masking_kinds_train(masking: str, tiny_store: Store, generator: Path) -> None:
-    task = build(settings_of("replaced_lm", masking=masking), tiny_store, generator)
-    assert np.isfinite(one_step(task, tiny_store)["loss"])
+def test_masking_of_the_recipe_decides_what_is_masked(tiny_store: Store, generator: Path) -> None:
+    rows = np.arange(60, dtype=np.int64)
+    batch, draws = collate(tiny_store.passages, rows), Draws(7, np.zeros(60, dtype=np.int64), rows)
+    masks = {}
+    for kind in ("whole_word", "token", "span", "idf"):
+        task = build(settings_of("replaced_lm", masking=kind), tiny_store, generator)
+        weights_V = idf_weights(tiny_store.passages, task.masked_lm.config.vocab_size)
+        found = task.views()(batch, draws)["encoder_positions"].numpy()
+        expected = Masking(kind, weights_V).mask(batch, 0.3, draws.uniforms(0, batch.input_ids.shape[1]))
+        np.testing.assert_array_equal(found, np.flatnonzero(expected))
+        masks[kind] = found.tobytes()
+    assert len(set(masks.values())) == 4
+
+
+@pytest.mark.parametrize("name", [name for name in TRAINED if name != "masked_lm"])
+def test_every_objective_counts_behind_another(name: str, tiny_store: Store, generator: Path) -> None:
+    """Its terms add to the loss of bag of words (or of cropping, where it cuts passages), and no parameter waits for a gradient."""
+    first = "cropping" if find_objective(name).sequences == "crops" else "condenser" if name == "bow" else "bow"
+    if name == first:
+        return
+    both = build(settings_of({first: 1.0, name: 2.0}), tiny_store, generator)
+    found = one_step(both, tiny_store)
+    assert all(parameter.grad is not None for parameter in both.parameters() if parameter.requires_grad)
+    doubled = one_step(build(settings_of({first: 1.0, name: 4.0}), tiny_store, generator), tiny_store)
+    assert doubled["loss"] > found["loss"] * 1.01
+
+
+def test_masked_lm_behind_another_objective_is_refused() -> None:
+    with pytest.raises(ValidationError, match="adds nothing behind another"):
+        settings_of({"bow": 1.0, "masked_lm": 1.0})
+
+
+def test_settings_without_effect_are_named(tiny_store: Store, generator: Path) -> None:
+    settings = settings_of("bow", decoder_layers=1, masking="token", softmax="corpus", skip_layer=1, generator="joint")
+    assert unused_settings(settings, build(settings, tiny_store, generator)) == ["decoder_layers", "skip_layer", "generator"]
+    settings = settings_of("cropping", contrast_temperature=0.1, encoder_mask_rate=0.2, self_refresh_steps=3)
+    assert unused_settings(settings, build(settings, tiny_store, None)) == ["encoder_mask_rate", "self_refresh_steps"]
+
+
+def test_dev_loss_of_a_contrast_does_not_depend_on_micro_batches(tiny_store: Store) -> None:
+    task = build(settings_of("ict"), tiny_store, None).eval()
+    found = []
+    for micro_batch_tokens in (10_000, 150):
+        feeding = Feeding(tiny_store.passages, task.views(), micro_batch_tokens, True, 7)
+        measure = held_out_measures(task, feeding, np.arange(30), torch.no_grad, torch.device("cpu"))
+        assert measure is not None
+        found.append(measure())
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_generator_loss_counts_the_passes_that_were_made(tiny_store: Store, generator: Path) -> None:
+    for weight in (0.2, 1.0):
+        task = build(settings_of({"bow": 1.0, "replaced_lm": 1.0}, generator="joint", generator_weight=weight), tiny_store, generator)
+        found = one_step(task, tiny_store)
+        parts = found["encoder_loss"] + found["bow_loss"] + found["decoder_loss"] + weight * found["generator_loss"]
+        assert found["loss"] == pytest.approx(parts, rel=1e-6)
+    # An untrained generator is about as good as chance; with a pass too many in the divisor it would look better than that.
+    both = one_step(build(settings_of("replaced_lm", generator="joint"), tiny_store, generator), tiny_store)
+    assert found["generator_loss"] == pytest.approx(both["generator_loss"], rel=0.05)
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -290,6 +350,6 @@ def test_dev_measures_sum_to_the_loss(name: str, tiny_store: Store, generator: P
     measure = held_out_measures(task, feeding, np.arange(20), torch.no_grad, torch.device("cpu"))
     assert measure is not None
     found = measure()
-    parts = sum(value for key, value in found.items() if key.endswith("_loss"))
+    parts = sum(value * (0.1 if key == "ordinary_loss" else 1.0) for key, value in found.items() if key.endswith("_loss"))
     assert found["loss"] == pytest.approx(parts, rel=1e-6)
     assert found == measure()

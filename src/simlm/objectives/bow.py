@@ -14,7 +14,7 @@ from torch import Tensor
 
 from simlm.data.batches import TokenBatch
 from simlm.losses.language_model import bag_of_words_cross_entropy
-from simlm.objectives import EncoderPass, ExtraViews, Objective, Summed, Term
+from simlm.objectives import EncoderPass, ExtraViews, Objective, Summed, Term, number
 from simlm.objectives.masking import Draws
 
 
@@ -39,5 +39,4 @@ class BagOfWords(Objective):
         loss_B = bag_of_words_cross_entropy(
             features_BH, weight, bias, seen.head_ids(seen.batch["bag_tokens"]), seen.batch["bag_rows"], len(features_BH)
         )
-        count = torch.tensor(float(len(loss_B)), device=loss_B.device)
-        return [Summed("bow", loss_B.sum(), count, seen.batch["step_sequences"])]
+        return [Summed("bow", loss_B.sum(), number(len(loss_B), loss_B), seen.batch["step_sequences"])]

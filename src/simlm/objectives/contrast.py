@@ -23,6 +23,9 @@ from simlm.models.model_folder import Pooling
 
 MicroBatch = dict[str, Any]
 
+DEV_BLOCK = 256
+"""Passages that a dev measure contrasts with each other, so that it does not depend on the micro-batches. Ours."""
+
 
 @dataclass(frozen=True)
 class Contrast:
@@ -43,7 +46,7 @@ class Contrast:
             scores = vectors @ vectors.T / self.temperature
         scores.fill_diagonal_(float("-inf"))
         size = len(first_SH)
-        partners = torch.cat([torch.arange(size, 2 * size), torch.arange(size)]).to(scores.device)
+        partners = torch.arange(2 * size, device=scores.device).roll(size)
         return F.cross_entropy(scores, partners, reduction="none")
 
     def prepare(
@@ -82,11 +85,11 @@ class Contrast:
         share: Tensor = carried - carried.detach() + micro_batch["contrast_share"]
         return share
 
-    def measure(self, hidden_BTH: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(sum of losses, number) among the sequences given alone."""
-        first, second = self.vectors(hidden_BTH, attention_mask).chunk(2)
-        losses = self.losses(first, second)
-        return losses.sum(), torch.tensor(float(len(losses)), device=losses.device)
+    def measure(self, first_PH: Tensor, second_PH: Tensor) -> float:
+        """Mean loss in nats within blocks of `DEV_BLOCK` passages, in their order; a shorter last block counts only if it is the first."""
+        num_blocks = max(1, len(first_PH) // DEV_BLOCK)
+        pairs = list(zip(torch.split(first_PH, DEV_BLOCK), torch.split(second_PH, DEV_BLOCK), strict=True))[:num_blocks]
+        return float(torch.stack([self.losses(first, second).mean() for first, second in pairs]).mean())
 
 
 def _gathered(own: Tensor, num_passages: int, rank: int, num_ranks: int) -> tuple[int, Tensor]:

@@ -20,13 +20,11 @@ from torch.autograd.function import once_differentiable
 
 from simlm.data.batches import TokenBatch
 from simlm.losses.language_model import default_chunk_rows, logits_fp32
-from simlm.objectives import EncoderPass, ExtraViews, Summed, Term
+from simlm.objectives import EncoderPass, ExtraViews, Parts, Summed, Term, number
 from simlm.objectives.bow import BagViews
 from simlm.objectives.masking import Draws
 from simlm.objectives.retromae import RetroMAE, VisibleViews
-
-ORDINARY_WEIGHT = 0.1
-"""Of the bag of words beside RetroMAE's losses (method.md section 3); it is in the logged `ordinary_loss`."""
+from simlm.recipe import PretrainSettings
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,16 @@ class DupViews:
 
 
 class DupMAE(RetroMAE):
-    """RetroMAE's two losses and, from the encoder's ordinary states, the words of the passage."""
+    """RetroMAE's two losses and, from the encoder's ordinary states, the words of the passage with weight `ordinary_weight`."""
+
+    ordinary_weight = 0.1
+
+    @classmethod
+    def build(cls, settings: PretrainSettings, parts: Parts) -> DupMAE:
+        objective = super().build(settings, parts)
+        assert isinstance(objective, cls)
+        objective.ordinary_weight = settings.ordinary_weight
+        return objective
 
     def extra_views(self) -> ExtraViews:
         return DupViews(self.hidden_rate)
@@ -51,8 +58,9 @@ class DupMAE(RetroMAE):
             torch.zeros_like(seen.original_BT, dtype=torch.bool).flatten().index_fill(0, seen.scored_N, True).view_as(seen.original_BT)
         )
         total = max_pooled_bag_loss(features_NH, weight, bias, scored_BT, seen.head_ids(seen.batch["bag_tokens"]), seen.batch["bag_rows"])
-        count = torch.tensor(float(len(scored_BT)), device=total.device)
-        return [*super().terms(seen), Summed("ordinary", ORDINARY_WEIGHT * total, count, seen.batch["step_sequences"])]
+        count = number(len(scored_BT), total)
+        bag = Summed("ordinary", total, count, seen.batch["step_sequences"], weight=self.ordinary_weight)
+        return [*super().terms(seen), bag]
 
 
 def max_pooled_bag_loss(

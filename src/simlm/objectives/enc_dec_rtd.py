@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from simlm.objectives import EncoderPass, Objective, Parts, Reads, Summed, Term, at
+from simlm.objectives import EncoderPass, Objective, Parts, Reads, Summed, Term, at, number
 from simlm.objectives.bottleneck import Decoder
 from simlm.recipe import PretrainSettings
 
@@ -69,6 +69,6 @@ class EncDecRTD(Objective):
         replaced_N = at(read_BT, seen.scored_N) != seen.labels_N
         logits_N = self.discriminator(at(hidden_BTH, seen.scored_N))
         total = F.binary_cross_entropy_with_logits(logits_N, replaced_N.float(), reduction="sum")
-        count = torch.tensor(float(len(logits_N)), device=logits_N.device)
+        count = number(len(logits_N), logits_N)
         found = ((logits_N > 0) & replaced_N).sum().float(), replaced_N.sum().float()
         return Summed(name, total, count, seen.batch["step_tokens"], {"accuracy_at_replaced": found})

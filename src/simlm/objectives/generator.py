@@ -3,7 +3,8 @@
 Source: SimLM, arXiv 2207.02578, section 3.1: an ELECTRA generator, frozen, temperature 1, masked positions only; trained along (weight
 0.2): method.md section 1. That the encoder itself can take its place is ours.
 Differs: special tokens are never sampled, so no [MASK], [PAD] or [SEP] can stand inside a passage; the generator never drops out.
-Shapes: B passages, T tokens, M masked positions, H width of the output embeddings, V vocabulary, C rows of a chunk, K blocks.
+Shapes: B passages, T tokens, M masked positions, H width of the output embeddings, V vocabulary, W = V padded to K blocks of COLUMNS,
+C rows of a chunk.
 """
 
 from __future__ import annotations
@@ -13,11 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from simlm.errors import ModelError
-from simlm.losses.language_model import chunked_cross_entropy, default_chunk_rows, logits_fp32
+from simlm.losses.language_model import COLUMNS, chunked_cross_entropy, default_chunk_rows, padded_probabilities
 from simlm.models.backbone import embed, encoder_of, layer_inputs, lm_features, load_masked_lm, load_tokenizer, run_encoder
-
-BLOCK = 128
-"""Columns whose probabilities are added up before the search; about the square root of a usual vocabulary."""
 
 
 class Generator(nn.Module):
@@ -119,30 +117,27 @@ def sample_tokens(
     """
     rows = chunk_rows or default_chunk_rows(weight_VH)
     samples = [
-        _invert(torch.softmax(logits_fp32(features_CH, weight_VH, bias_V).div_(temperature), 1), uniforms_C, excluded)
+        _invert(padded_probabilities(features_CH, weight_VH, bias_V, temperature=temperature), uniforms_C, excluded)
         for features_CH, uniforms_C in zip(torch.split(features_MH, rows), torch.split(uniforms_M, rows), strict=True)
     ]
     return torch.cat(samples) if samples else torch.zeros(0, dtype=torch.int64, device=features_MH.device)
 
 
-def _invert(probabilities_CV: Tensor, uniforms_C: Tensor, excluded: Tensor | None) -> Tensor:
+def _invert(probabilities_CW: Tensor, uniforms_C: Tensor, excluded: Tensor | None) -> Tensor:
     """First column whose cumulative probability is above uniform x total; never one of probability 0."""
     if excluded is not None:
-        probabilities_CV.index_fill_(1, excluded, 0.0)
-    num_rows, num_entries = probabilities_CV.shape
-    num_whole = num_entries // BLOCK
-    blocks_CK = probabilities_CV[:, : num_whole * BLOCK].reshape(num_rows, num_whole, BLOCK).sum(-1)
-    tail_C1 = probabilities_CV[:, num_whole * BLOCK :].sum(1, keepdim=True)
-    cumulative_CK = torch.cat([blocks_CK, tail_C1], 1).cumsum(1)
+        probabilities_CW.index_fill_(1, excluded, 0.0)
+    num_rows = len(probabilities_CW)
+    blocks_CKB = probabilities_CW.view(num_rows, probabilities_CW.shape[1] // COLUMNS, COLUMNS)
+    cumulative_CK = blocks_CKB.sum(-1).cumsum(1)
     target_C1 = _below(uniforms_C.float()[:, None] * cumulative_CK[:, -1:], cumulative_CK[:, -1:])
     block_C1 = (cumulative_CK <= target_C1).sum(1, keepdim=True)
     before_C1 = torch.where(block_C1 > 0, cumulative_CK.gather(1, (block_C1 - 1).clamp_min(0)), 0.0)
 
-    columns_CB = block_C1 * BLOCK + torch.arange(BLOCK, device=probabilities_CV.device)
-    inside_CB = probabilities_CV.gather(1, columns_CB.clamp_max(num_entries - 1)).masked_fill(columns_CB >= num_entries, 0.0)
+    inside_CB = blocks_CKB[torch.arange(num_rows, device=blocks_CKB.device), block_C1[:, 0]]
     cumulative_CB = inside_CB.cumsum(1)
     rest_C1 = _below(target_C1 - before_C1, cumulative_CB[:, -1:])
-    return block_C1[:, 0] * BLOCK + (cumulative_CB <= rest_C1).sum(1)
+    return block_C1[:, 0] * COLUMNS + (cumulative_CB <= rest_C1).sum(1)
 
 
 def _below(value: Tensor, limit: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from simlm.errors import ModelError
 from simlm.losses.language_model import cross_entropy_and_rows, token_losses
 from simlm.models.backbone import embed, encoder_of, final_norm, layer_inputs, layers_of, lm_features, run_encoder, run_layers
-from simlm.objectives import EncoderPass, Objective, Parts, Summed, Term, Tokens, find_objective, masked
-from simlm.objectives.bottleneck import DECODER_FILE, load_state, save_masked_lm, save_state
+from simlm.objectives import EncoderPass, Objective, Parts, Summed, Term, Tokens, find_objective, masked, number
+from simlm.objectives.bottleneck import DECODER_FILE, Decoder, load_state, save_masked_lm, save_state
 from simlm.objectives.contrast import Contrast
 from simlm.objectives.generator import Generator, SelfGenerator, require_mask_token
 from simlm.objectives.masking import Masking
@@ -64,6 +64,8 @@ class Pretraining(nn.Module):
         self.generator_weight = generator_weight
         self.self_refresh_steps = self_refresh_steps
         self.contrast = contrast
+        self.fresh: list[str] = []
+        """Objectives whose decoder or head the folder that training continues from does not have."""
         self._views = views
         self._first = next(iter(objectives))
         self._contrast_weight = sum(self.weights[name] for name, objective in objectives.items() if objective.contrasts)
@@ -105,7 +107,7 @@ class Pretraining(nn.Module):
         module = cls(
             parts.masked_lm,
             objectives,
-            mask_token_id=require_mask_token(parts.tokenizer),
+            mask_token_id=require_mask_token(parts.tokenizer) if reads_masks(objectives) else -1,
             views=views,
             weights=settings.objective_weights,
             generator=generator,
@@ -138,7 +140,7 @@ class Pretraining(nn.Module):
                 loss = loss + weight * share
                 logged[f"{name}_loss"] = share.detach()
         if seen.generator_loss and self._joint:
-            share = torch.stack(seen.generator_loss).sum() / self._generator_divisor(micro_batch)
+            share = torch.stack(seen.generator_loss).sum() / self._generator_divisor(seen)
             loss = loss + self.generator_weight * share
             logged["generator_loss"] = share.detach()
         if self.contrast is not None and "contrast_gradient" in micro_batch:
@@ -150,7 +152,7 @@ class Pretraining(nn.Module):
     def measure(self, **micro_batch: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """Dev measures as (sum, count): each term's loss, accuracies, and shares of replaced tokens.
 
-        A contrast is measured among the sequences of the micro-batch alone.
+        A contrast needs more vectors than a micro-batch has: `held_out_measures` takes it from `vectors`.
         """
         seen = self._encode(micro_batch)
         measures: dict[str, tuple[Tensor, Tensor]] = {}
@@ -158,26 +160,29 @@ class Pretraining(nn.Module):
             if isinstance(term, Tokens):
                 features, matrix, bias = seen.head(term.hidden_NH)
                 loss_N, correct_N = token_losses(features, matrix, bias, seen.head_ids(term.labels_N))
-                measures[f"{name}_loss"] = loss_N.sum(), torch.tensor(float(len(loss_N)), device=loss_N.device)
+                measures[f"{name}_loss"] = loss_N.sum(), number(len(loss_N), loss_N)
                 for focus, places_N in term.focus.items():
                     measures[f"{name}_accuracy_at_{focus}"] = (correct_N & places_N).sum().float(), places_N.sum().float()
             else:
                 measures[f"{name}_loss"] = term.total, term.count
                 measures |= {f"{name}_{measure}": sums for measure, sums in term.measures.items()}
-        if self.contrast is not None:
-            measures["contrast_loss"] = self.contrast.measure(seen.hidden_BTH, seen.attention_mask)
         return measures | self._replaced_counts(seen)
 
     def total(self, measures: dict[str, float]) -> float:
         """The weighted sum of the terms' mean losses: the dev measure "loss"."""
         return sum(weight * measures[name] for name, weight in self._loss_weights.items() if name in measures)
 
+    @property
+    def wants_whole_steps(self) -> bool:
+        """Whether `before_step` does anything."""
+        return self.contrast is not None
+
     def before_step(self, micro_batches: list[dict[str, Any]], *, rank: int, num_ranks: int, seed: int) -> list[dict[str, Any]]:
         """What needs the vectors of a whole step (the trainer calls it without gradient before the first micro-batch)."""
         if self.contrast is None:
             return micro_batches
         self._refresh(micro_batches[0])  # both passes have to read the same samples
-        return self.contrast.prepare(micro_batches, self._vectors, rank=rank, num_ranks=num_ranks)
+        return self.contrast.prepare(micro_batches, self.vectors, rank=rank, num_ranks=num_ranks)
 
     def pooled(self, batch: dict[str, Tensor], pooling: str) -> Tensor:
         """[B, H] vectors of texts as they are, in the pooling that a retriever would use; for the probe."""
@@ -205,16 +210,23 @@ class Pretraining(nn.Module):
     def load_objectives(self, folder: Path) -> None:
         """Take decoders and heads from a saved folder where it has those of the same objective; others stay as they were built.
 
-        ModelError if one is of another shape.
+        Their names are then in `fresh`. ModelError if one is of another shape.
         """
         saved_first = _saved_first(folder)
         for name, objective in self._all():
             file = folder / _state_file(name, saved_first)
             if objective.state_dict() and file.is_file():
                 load_state(_stateful(objective), file, what=f"the {name} objective")
+            elif objective.state_dict():
+                self.fresh.append(name)
 
     def _all(self) -> list[tuple[str, Objective]]:
         return [(name, module) for name, module in self.objectives.items() if isinstance(module, Objective)]
+
+    @property
+    def _reads_samples(self) -> bool:
+        """Whether the encoder does; a decoder may all the same."""
+        return self.objectives[self._first].reads == "replaced"
 
     @property
     def _joint(self) -> bool:
@@ -274,8 +286,8 @@ class Pretraining(nn.Module):
         norm = final_norm(encoder)
         return hidden_BTH if norm is None else norm(hidden_BTH), early_BTH, inputs
 
-    def _vectors(self, batch: dict[str, Any]) -> Tensor:
-        """Unit vectors of a micro-batch's sequences as the encoder will read them in the second pass."""
+    def vectors(self, batch: dict[str, Any]) -> Tensor:
+        """Unit vectors [B, H] of a micro-batch's sequences as the encoder reads them; only with a contrast."""
         assert self.contrast is not None
         seen = self._encode(batch)
         return self.contrast.vectors(seen.hidden_BTH, seen.attention_mask)
@@ -287,8 +299,8 @@ class Pretraining(nn.Module):
             terms = objective.encoder_terms(seen) if name == self._first else []
             for term in [*terms, *objective.terms(seen)]:
                 unique = term.name if all(term.name != other for other, _, _ in found) else f"{name}_{term.name}"
-                found.append((unique, term, self.weights[name]))
-                self._loss_weights[f"{unique}_loss"] = self.weights[name]
+                found.append((unique, term, self.weights[name] * term.weight))
+                self._loss_weights[f"{unique}_loss"] = self.weights[name] * term.weight
         return found
 
     def _head_losses(self, seen: EncoderPass, terms: list[tuple[str, Tokens, float]]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -303,8 +315,8 @@ class Pretraining(nn.Module):
         factors = [weight / term.divisor for _, term, weight in terms]
         row_weights = None
         if len(set(factors)) > 1:
-            sizes = torch.tensor([len(term.labels_N) for _, term, _ in terms], device=labels.device)
-            row_weights = torch.tensor(factors, device=labels.device).repeat_interleave(sizes, output_size=len(labels))
+            shares = zip(terms, factors, strict=True)
+            row_weights = torch.cat([labels.new_full(term.labels_N.shape, factor, dtype=torch.float32) for (_, term, _), factor in shares])
         total, loss_N = cross_entropy_and_rows(features, matrix, bias, labels, row_weights_N=row_weights)
         loss = total if row_weights is not None else total * factors[0]
         rows = torch.split(loss_N, [len(term.labels_N) for _, term, _ in terms])
@@ -329,16 +341,43 @@ class Pretraining(nn.Module):
     def _replaced_counts(self, seen: EncoderPass) -> dict[str, tuple[Tensor, Tensor]]:
         """Tokens that another one stands in place of, for each side that reads samples, and all scored tokens."""
         sides = {}
-        if self._views.sampled and self.objectives[self._first].reads == "replaced":
+        if self._reads_samples:
             sides["encoder_replaced"] = seen.encoder_BT
         if "replaced_BT" in vars(seen):
             sides["decoder_replaced"] = seen.replaced_BT
-        count = torch.tensor(float(len(seen.scored_N)), device=seen.original_BT.device)
+        count = number(len(seen.scored_N), seen.original_BT)
         return {name: ((ids_BT != seen.original_BT).sum().float(), count) for name, ids_BT in sides.items()}
 
-    def _generator_divisor(self, micro_batch: dict[str, Any]) -> float:
-        """Masked tokens of the step over all passes of the generator."""
-        return float(micro_batch["step_encoder_masked"] + micro_batch.get("step_decoder_masked", 0.0))
+    def _generator_divisor(self, seen: EncoderPass) -> float:
+        """Masked tokens of the step over the passes that the generator has made."""
+        encoder = seen.batch["step_encoder_masked"] if self._reads_samples else 0.0
+        return float(encoder + (seen.batch["step_decoder_masked"] if "replaced_BT" in vars(seen) else 0.0))
+
+
+def reads_masks(objectives: dict[str, Objective]) -> bool:
+    """Whether anything is ever masked, be it for the generator alone."""
+    return any(objective.reads != "clean" or objective.decodes for objective in objectives.values())
+
+
+def unused_settings(settings: PretrainSettings, task: Pretraining) -> list[str]:
+    """Keys that the recipe gives and that nothing of `task` looks at."""
+    objectives = [module for module in task.objectives.values() if isinstance(module, Objective)]
+    samples = task.generator is not None
+    used = {
+        "decoder_layers": any(isinstance(getattr(objective, "decoder", None), Decoder) for objective in objectives),
+        "decoder_mask_rate": any(objective.decodes or hasattr(objective, "hidden_rate") for objective in objectives),
+        "encoder_mask_rate": any(objective.reads != "clean" for objective in objectives),
+        "masking": any(objective.reads != "clean" for objective in objectives),
+        "skip_layer": any(objective.early_layer is not None for objective in objectives),
+        "ordinary_weight": any(hasattr(objective, "ordinary_weight") for objective in objectives),
+        "contrast_temperature": task.contrast is not None,
+        "softmax": any(objective.uses_head for objective in objectives),
+        "generator": samples,
+        "generator_temperature": samples,
+        "generator_weight": samples and settings.generator == "joint",
+        "self_refresh_steps": samples and settings.generator == "self",
+    }
+    return [key for key, is_used in used.items() if not is_used and key in settings.model_fields_set]
 
 
 def _generator(settings: PretrainSettings, parts: Parts, objectives: dict[str, Objective]) -> tuple[Generator | None, int | None]:

@@ -21,6 +21,7 @@ from simlm.data.batches import collate, length_batches
 from simlm.data.store import Table
 from simlm.errors import RecipeError
 from simlm.objectives import Views
+from simlm.objectives.contrast import Contrast
 from simlm.objectives.masking import DEV_EPOCH, Draws
 from simlm.progress import Progress
 
@@ -143,6 +144,11 @@ class Measured(Protocol):
 
     def total(self, measures: dict[str, float]) -> float: ...
 
+    @property
+    def contrast(self) -> Contrast | None: ...
+
+    def vectors(self, batch: dict[str, Any]) -> Tensor: ...
+
 
 def held_out_measures(
     objective: Measured, feeding: Feeding, rows: Ints, autocast: Callable[[], Any], device: torch.device
@@ -157,13 +163,20 @@ def held_out_measures(
     def measure() -> dict[str, float]:
         sums: dict[str, Tensor] = {}
         counts: dict[str, Tensor] = {}
+        pairs: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad(), autocast():
             for micro_batch in feeding.micro_batches(rows, np.full(len(rows), DEV_EPOCH, dtype=np.int64)):
                 on_device = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in micro_batch.items()}
                 for name, (total, count) in objective.measure(**on_device).items():
                     sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + total.double().cpu()
                     counts[name] = counts.get(name, torch.zeros((), dtype=torch.float64)) + count.double().cpu()
+                if objective.contrast is not None:
+                    first, second = objective.vectors(on_device).chunk(2)
+                    pairs.append((first, second))
         means = {name: float(sums[name] / counts[name]) for name in sorted(sums) if counts[name] > 0}
+        if objective.contrast is not None:
+            # Passages come in order of length whatever the micro-batches are.
+            means["contrast_loss"] = objective.contrast.measure(torch.cat([one for one, _ in pairs]), torch.cat([two for _, two in pairs]))
         return {"loss": objective.total(means)} | means
 
     return measure

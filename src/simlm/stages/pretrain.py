@@ -35,18 +35,15 @@ def run(settings: PretrainSettings, inputs: dict[str, Path], context: Context) -
     from simlm.data.store import Store
     from simlm.models.backbone import takes_token_types
     from simlm.objectives import Parts
-    from simlm.objectives.generator import require_mask_token
     from simlm.objectives.masking import idf_weights
-    from simlm.objectives.pretraining import Pretraining
+    from simlm.objectives.pretraining import Pretraining, unused_settings
     from simlm.objectives.start import corpus_ids
     from simlm.objectives.steps import Feeding, PassageSteps, split_passages, step_size, token_counts
-    from simlm.training.optimizer_state import OPTIMIZER_FILE
     from simlm.training.spikes import SpikeGuard
     from simlm.training.trainer import num_training_steps, train
 
     store = Store.open(inputs["store"])
     tokenizer = store.tokenizer()
-    require_mask_token(tokenizer)
     start = _start(settings, inputs)
     masked_lm = _load(start, settings, store, tokenizer, context)
     num_entries = masked_lm.config.vocab_size
@@ -60,6 +57,10 @@ def run(settings: PretrainSettings, inputs: dict[str, Path], context: Context) -
         corpus_ids=corpus_ids(store, num_entries) if settings.softmax == "corpus" else None,
     )
     task = Pretraining.build(settings, parts)
+    for name in task.fresh:
+        context.progress.say(f"pretrain: {continued} has no state of {name}: what it trains beside the encoder starts fresh")
+    for key in unused_settings(settings, task):
+        context.progress.say(f"pretrain: {key} has no effect on {', '.join(settings.objective_weights)}")
     if "none" in settings.objective_weights:
         context.record(objective="none", num_steps=0, continued=continued is not None)
         if context.rank == 0:
@@ -88,7 +89,7 @@ def run(settings: PretrainSettings, inputs: dict[str, Path], context: Context) -
         greater_is_better=settings.best_by == "probe",
         keep_best=settings.best_by != "last",
         spikes=None if settings.spike_ratio is None else SpikeGuard(settings.spike_ratio, settings.max_spikes, LEAST_LEAP),
-        optimizer_from=continued if continued is not None and (continued / OPTIMIZER_FILE).is_file() else None,
+        optimizer_from=continued,
         keep_optimizer_in=context.work if settings.keep_optimizer else None,
         description="pretrain",
     )

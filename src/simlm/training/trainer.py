@@ -332,7 +332,7 @@ class SimlmTrainer(transformers.Trainer):  # type: ignore[misc, unused-ignore]
     def _before_step(self, inputs: list[MicroBatch], step: int) -> list[MicroBatch]:
         """What the task makes of a step's micro-batches, if it wants to see them all; see `train`."""
         before_step: Callable[..., list[MicroBatch]] | None = getattr(self._task, "before_step", None)
-        if before_step is None:
+        if before_step is None or not getattr(self._task, "wants_whole_steps", True):
             return inputs
         context = self._context
         seeded = [
