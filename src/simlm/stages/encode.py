@@ -21,7 +21,6 @@ from simlm.artifacts import open_artifact, write_json
 from simlm.data.batches import collate, length_batches
 from simlm.data.store import Store, Table
 from simlm.recipe import EncodeSettings, ModelSettings
-from simlm.runtime import MemoryBound
 from simlm.stages import Context
 
 if TYPE_CHECKING:
@@ -63,7 +62,6 @@ def run(settings: EncodeSettings, inputs: dict[str, Path], context: Context) -> 
 
 def _encode(work: _Vectors, retriever: Retriever, passages: Table, settings: EncodeSettings, context: Context) -> dict[str, Any]:
     """Encode what is not done yet; the rates."""
-    bound_memory = MemoryBound()
     counted = _Count()
     starts = range(work.done, work.count, settings.shard_passages)
     started = time.perf_counter()
@@ -73,7 +71,6 @@ def _encode(work: _Vectors, retriever: Retriever, passages: Table, settings: Enc
         batches = counted.counting(_batches(passages, rows, retriever.max_passage_tokens, settings.batch_tokens))
         retriever.inference.run(batches, vectors_ND, name=lambda row, start=start: f"passage {passages.ids[start + row]!r}")  # type: ignore[misc]
         work.append(vectors_ND)
-        bound_memory()
     return counted.rates(time.perf_counter() - started)
 
 

@@ -21,7 +21,6 @@ from simlm.data.store import Store
 from simlm.errors import ArtifactError
 from simlm.rankings import Floats, Groups, Ints, Run, offsets_of
 from simlm.recipe import RerankSettings
-from simlm.runtime import MemoryBound
 from simlm.stages import Context
 from simlm.types import Split
 
@@ -142,7 +141,6 @@ class _Scorer:
         self.store = store
         self.reranker = reranker
         self.settings = settings
-        self.bound_memory = MemoryBound()
         self.num_pairs = 0
         self.seconds = 0.0
 
@@ -154,7 +152,6 @@ class _Scorer:
             file = context.resume / f"{lists.split}-{begin}.npz"
             if not file.exists():
                 _save_shard(file, self._score(lists, begin, end))
-                self.bound_memory()
             files.append(file)
         return _joined(lists.split, files)
 

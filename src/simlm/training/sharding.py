@@ -1,8 +1,9 @@
 """Sharded training (FSDP2): each process keeps its part of weights, gradients and optimiser state; checkpoints do not know of it.
 
 The whole task is one unit: weights are gathered once a step (twice with a contrast), before the first micro-batch, and dropped in the
-last backward pass. So processes may have different numbers of micro-batches, and a task may use its parameters as it likes inside `forward`. What is saved is
-whole, in the order and under the names of unsharded training: any number of processes goes on from it, sharded or not.
+last backward pass. So processes may have different numbers of micro-batches, and a task may use its parameters as it likes inside
+`forward`. What is saved is whole, in the order and under the names of unsharded training: any number of processes goes on from it,
+sharded or not.
 """
 
 from __future__ import annotations
