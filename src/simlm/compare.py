@@ -14,14 +14,14 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 from simlm.artifacts import disk_error, hardware_facts, json_digest, library_versions, open_artifact, read_manifest, sweep, write_json
-from simlm.errors import ArtifactError, DataError, DiskError, RecipeError, SimlmError, nearest
+from simlm.errors import ArtifactError, DataError, DiskError, RecipeError, SimlmError, TrainingError, nearest
 from simlm.pipeline import Plan, Step, held_folder, make_plan, retriever1_steps, run_folder, run_step
 from simlm.progress import Progress
 from simlm.recipe import GeneratorSettings, PretrainSettings, Recipe, load_recipe
@@ -77,12 +77,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Cell:
-    """A row with one seed. plan: its steps, `key`: name of its measured values; None and "" where a calibration has to come first."""
+    """A row with one seed. plan: its steps, `key`: name of its measured values; None and "" where a calibration has to come first.
+
+    untimed: why the calibration failed, empty if it did not.
+    """
 
     row: Row
     seed: int
     plan: Plan | None
     key: str
+    untimed: str = ""
 
     @property
     def title(self) -> str:
@@ -91,7 +95,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """Every cell of a comparison. main: table -> the row that the others are compared with. measures: the main one first."""
+    """Every cell of a comparison. main: table -> the row that the others are compared with. measures: the main one first.
+
+    rows: with the steps that the budget leaves them, as far as they are known. uncalibrated: rows as the recipe has them, to be timed.
+    """
 
     recipe: Recipe
     base: Plan
@@ -114,7 +121,7 @@ class Grid:
     def state(self, cell: Cell) -> tuple[Literal["done", "failed", "to do"], str]:
         """Whether a cell is measured, and the error of its last try."""
         if not cell.key:
-            return "to do", ""
+            return ("failed", cell.untimed) if cell.untimed else ("to do", "")
         if self.measured_file(cell.key).is_file():
             return "done", ""
         failure = _read(self.failed_file(cell.key))
@@ -197,24 +204,28 @@ def make_grid(recipe: Recipe) -> Grid:
         raise DataError(
             f"{recipe.data.path}: no dev or test queries to measure the rows on; add qrels for test, or set data.dev_fraction above 0"
         )
-    rows, main, notes = _rows(recipe)
-    _check(recipe, rows)
-    seconds, uncalibrated = _calibrated(recipe, base, rows) if recipe.compare.budget == "time" else ({}, [])
+    declared, main, notes = _rows(recipe)
+    _check(recipe, declared, main)
+    timed = _calibrated(recipe, base, declared) if recipe.compare.budget == "time" else _Timed({}, [], {})
     measures = _measures(recipe)
+    rows: list[Row] = []
     cells: list[Cell] = []
-    for row in rows:
-        reference = next((other for other in rows if other.table == row.table and other.name == main[row.table]), row)
-        budgeted = _budgeted(recipe, base, row, reference, seconds)
-        cells += [
-            Cell(row, seed, None, "") if budgeted is None else _cell(recipe, base, budgeted, seed, splits, measures) for seed in row.seeds
-        ]
+    for row in declared:
+        reference = next(other for other in declared if other.table == row.table and other.name == main[row.table])
+        budgeted = _budgeted(recipe, base, row, reference, timed.seconds)
+        rows.append(budgeted or row)
+        if budgeted is None:
+            cells += [Cell(row, seed, None, "", timed.why_not(row, reference)) for seed in row.seeds]
+        else:
+            cells += [_cell(recipe, base, budgeted, seed, splits, measures) for seed in row.seeds]
     wanted = recipe.evaluate.split
     split: Split = wanted if wanted in splits else splits[-1]
     if split != wanted:
-        notes.append(f"no {wanted!r} queries: the rows are measured on {split}, which training has seen as its dev measure")
+        seen = ", which training has seen as its dev measure" if split == "dev" else ""
+        notes.append(f"no {wanted!r} queries: the rows are measured on {split}{seen}")
     folder = run_folder(recipe) / FOLDER
     return Grid(
-        recipe, base, folder, split, tuple(splits), measures, tuple(rows), tuple(cells), main, tuple(uncalibrated), tuple(notes)
+        recipe, base, folder, split, tuple(splits), measures, tuple(rows), tuple(cells), main, tuple(timed.missing), tuple(notes)
     )  # fmt: skip
 
 
@@ -240,17 +251,17 @@ def _rows(recipe: Recipe) -> tuple[list[Row], dict[TableName, str], list[str]]:
     def table(name: TableName, variants: list[tuple[str, PretrainSettings, GeneratorSettings, bool]], reference: str) -> None:
         if not variants:
             return
-        if reference not in (label for label, *_ in variants):
-            reference = variants[0][0]
-        main[name] = reference
-        seen: dict[str, str] = {}
+        kept: dict[str, Row] = {}
+        shown: dict[str, str] = {}  # label -> the label under which it is shown
         for label, settings, generator, mismatched in variants:
-            row = Row(name, label, settings, generator, mismatched, all_seeds if label == reference else few)
-            if row.content in seen:
-                notes.append(f"compare.{name}: {label} is the same as {seen[row.content]}, it is done and shown once")
-                continue
-            seen[row.content] = label
-            rows.append(row)
+            row = Row(name, label, settings, generator, mismatched, few)
+            if row.content in kept:
+                notes.append(f"compare.{name}: {label} is the same as {kept[row.content].name}, it is done and shown once")
+            shown.setdefault(label, kept.setdefault(row.content, row).name)
+        main[name] = shown.get(reference, variants[0][0])
+        if reference not in shown and name != "objectives":  # there it is an error, see _check
+            notes.append(f"compare.{name}: the recipe's own {reference} is not in the list, so the others are compared with {main[name]}")
+        rows.extend(replace(row, seeds=all_seeds) if row.name == main[name] else row for row in kept.values())
 
     objectives = [(objective_label(one), one if isinstance(one, str) else _plain(one)) for one in compare.objectives]
     table("objectives", [(n, pretrain.model_copy(update={"objective": one}), own, False) for n, one in objectives], compare.main)
@@ -286,18 +297,34 @@ def _rate_label(encoder: float, decoder: float) -> str:
     return f"{100 * encoder:g}/{100 * decoder:g}"
 
 
-def _check(recipe: Recipe, rows: list[Row]) -> None:
+def _check(recipe: Recipe, rows: list[Row], main: dict[TableName, str]) -> None:
     compare, retriever = recipe.compare, recipe.retriever1
     if not rows:
         raise RecipeError(
             "[compare]: objectives, replace_rates and generators are empty and mismatched is not set, so there is nothing to compare; "
             'name some, for example objectives = ["replaced_lm", "none"]'
         )
-    names = [row.name for row in rows if row.table == "objectives"]
+    names = [objective_label(one) for one in compare.objectives]
+    if not names and compare.main != type(compare).model_fields["main"].default:
+        raise RecipeError(
+            f"compare.main is {compare.main!r}, but compare.objectives is empty, so that there is no such row; "
+            "add that row there, or leave compare.main out"
+        )
     if names and compare.main not in names:
         raise RecipeError(
             f"compare.main {compare.main!r} is none of the rows of compare.objectives{nearest(compare.main, names)} "
             f"(rows: {', '.join(names)}); add it there, or name one of them"
+        )
+    untrained = {row.table for row in rows if row.name == main[row.table] and not row.trains}
+    if "corpus" in untrained:
+        raise RecipeError(
+            f"compare.mismatched is set, but compare.main is {compare.main!r}, which is not pre-trained on any corpus; "
+            "let compare.main name a row that is pre-trained, or leave compare.mismatched out"
+        )
+    if untrained and compare.budget != "data":
+        raise RecipeError(
+            f'compare.budget is "{compare.budget}", which gives the rows as much as the main one has, but compare.main is '
+            f'{compare.main!r}, which is not pre-trained; let compare.main name a row that is, or set compare.budget = "data"'
         )
     if retriever.initial != "pretrained":
         raise RecipeError(
@@ -315,13 +342,12 @@ def _measures(recipe: Recipe) -> tuple[str, ...]:
     return tuple(dict.fromkeys([main, *names]))
 
 
-def _cell(recipe: Recipe, base: Plan, budgeted: tuple[Row, Row], seed: int, splits: list[Split], measures: tuple[str, ...]) -> Cell:
-    """budgeted: the row as it is shown, and with the steps that its budget leaves it."""
-    shown, trained = budgeted
-    plan = _row_plan(recipe, base, trained, seed, splits)
+def _cell(recipe: Recipe, base: Plan, row: Row, seed: int, splits: list[Split], measures: tuple[str, ...]) -> Cell:
+    """row: with the steps that its budget leaves it."""
+    plan = _row_plan(recipe, base, row, seed, splits)
     last = plan.steps[-1]
     key = json_digest({"format": _FORMAT, "run": last.fingerprint, "measures": measures})[:24]
-    return Cell(shown, seed, plan, key)
+    return Cell(row, seed, plan, key)
 
 
 def _row_plan(recipe: Recipe, base: Plan, row: Row, seed: int, splits: list[Split]) -> Plan:
@@ -353,11 +379,11 @@ def _named(plan: Plan, name: str) -> Step:
 # Equal tokens, equal time
 
 
-def _budgeted(recipe: Recipe, base: Plan, row: Row, main: Row, seconds: dict[str, float]) -> tuple[Row, Row] | None:
-    """(row, row with the number of steps that its budget leaves it); None where that is not known yet."""
+def _budgeted(recipe: Recipe, base: Plan, row: Row, main: Row, seconds: dict[str, float]) -> Row | None:
+    """The row with the number of steps that its budget leaves it beside the main row of its table; None where that is not known yet."""
     budget = recipe.compare.budget
-    if budget == "data" or not row.trains or not main.trains or row.content == main.content:
-        return row, row
+    if budget == "data" or not row.trains or row.content == main.content:
+        return row
     if budget == "tokens":
         factor = layer_tokens(main.pretrain, base) / layer_tokens(row.pretrain, base)
     elif row.content in seconds and main.content in seconds:
@@ -365,15 +391,15 @@ def _budgeted(recipe: Recipe, base: Plan, row: Row, main: Row, seconds: dict[str
     else:
         return None
     steps = max(1, round(row.pretrain.training.max_steps * factor))
-    return row, replace(row, pretrain=_with_training(row.pretrain, max_steps=steps))
+    return replace(row, pretrain=_with_training(row.pretrain, max_steps=steps))
 
 
 def layer_tokens(pretrain: PretrainSettings, plan: Plan) -> float:
     """Passes of a token through the encoder that a training step costs, a decoder's counted as its share of the encoder's layers."""
-    from simlm.estimates import _objective_costs, _shape
+    from simlm.estimates import model_shape, objective_costs
 
-    _, decoder_layers, passes = _objective_costs(pretrain)
-    return passes + decoder_layers / _shape(plan.recipe.model, plan).layers
+    costs = objective_costs(pretrain)
+    return costs.tokens_share * (costs.passes + costs.decoder_layers / model_shape(plan.recipe.model, plan).layers)
 
 
 def _with_training(pretrain: PretrainSettings, **changes: Any) -> PretrainSettings:
@@ -392,36 +418,88 @@ def _calibration(recipe: Recipe, base: Plan, row: Row) -> tuple[Plan, Path]:
     return plan, base.folder / FOLDER / CALIBRATION / f"{_named(plan, 'pretrained').fingerprint[:24]}.json"
 
 
-def _calibrated(recipe: Recipe, base: Plan, rows: list[Row]) -> tuple[dict[str, float], list[Row]]:
-    """(row content -> seconds of a step as far as they are known, rows that have to be timed)."""
-    seconds: dict[str, float] = {}
-    missing: dict[str, Row] = {}
+@dataclass(frozen=True)
+class _Timed:
+    """What calibrations have found. seconds: row content -> of a step; missing: rows to be timed; errors: row content -> of a try."""
+
+    seconds: dict[str, float]
+    missing: list[Row]
+    errors: dict[str, str]
+
+    def why_not(self, row: Row, main: Row) -> str:
+        """Why the steps of a row are not known although they were to be timed; empty if the timing is still to come."""
+        if row.content in self.errors:
+            return self.errors[row.content]
+        if main.content in self.errors:
+            return f"{main.name}, whose time this row is to have, could not be timed: {self.errors[main.content]}"
+        return ""
+
+
+def _calibrated(recipe: Recipe, base: Plan, rows: list[Row]) -> _Timed:
+    """What is known of the rows' steps; one whose timing failed is to be timed again."""
+    found = _Timed({}, [], {})
+    once: dict[str, Row] = {}
     for row in rows:
-        if row.trains and row.content not in seconds:
-            timed = _read(_calibration(recipe, base, row)[1])
-            if timed:
-                seconds[row.content] = float(timed["seconds_per_step"])
-            else:
-                missing.setdefault(row.content, row)
-    return seconds, list(missing.values())
+        if row.trains:
+            once.setdefault(row.content, row)
+    for content, row in once.items():
+        timed = _read(_calibration(recipe, base, row)[1])
+        if "seconds_per_step" in timed:
+            found.seconds[content] = float(timed["seconds_per_step"])
+            continue
+        found.missing.append(row)
+        if "error" in timed:
+            found.errors[content] = str(timed["error"])
+    return found
 
 
 def _calibrate(grid: Grid, row: Row, progress: Progress, ranks: Ranks) -> None:
-    """Time a row's steps and keep the figure, so that a comparison that goes on later uses the same."""
+    """Time a row's steps and keep the figure, so that a comparison that goes on later uses the same; or keep why that failed."""
     plan, file = _calibration(grid.recipe, grid.base, row)
     step = _named(plan, "pretrained")
-    _do(plan, plan.needed([step.name]), progress, ranks)
 
-    def keep() -> None:
-        lines = [json.loads(line) for line in (plan.path(step.name) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-        times = [float(line["seconds"]) for line in lines if line["kind"] == "train" and "loss" in line["measures"]]
-        # The first step also pays for what is loaded and compiled on first use; the log counts in milliseconds.
-        seconds = max(median(later - earlier for earlier, later in itertools.pairwise(times)), 1e-3)
+    def time_it() -> None:
+        _do(plan, plan.needed([step.name]), progress, ranks)
+        ranks.from_first(lambda: _keep_seconds(row, plan.path(step.name) / "log.jsonl", file))
+
+    error = _failure(time_it, ranks)
+    if error:
+        _write_calibration(file, {"row": row.name, "error": error})
+        progress.say(f"{row.name}: failed: {error}")
+    ranks.from_first(lambda: _drop(plan, ["pretrained"]))
+
+
+def _keep_seconds(row: Row, log: Path, file: Path) -> None:
+    """Write what a step of a timed training took; TrainingError if its log does not say."""
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    times = [float(line["seconds"]) for line in lines if line["kind"] == "train" and "loss" in line["measures"]]
+    if len(times) < 2:
+        raise TrainingError(
+            f"{row.name}: the timed training logged {len(times)} steps with a loss, two are needed to time one; "
+            "raise compare.calibration_steps, or see why its steps have no loss"
+        )
+    # The first step also pays for what is loaded and compiled on first use; the log counts in milliseconds.
+    seconds = max(median(later - earlier for earlier, later in itertools.pairwise(times)), 1e-3)
+    _write_calibration(file, {"row": row.name, "seconds_per_step": round(seconds, 6), "num_steps": len(times)})
+
+
+def _write_calibration(file: Path, content: dict[str, Any]) -> None:
+    try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"row": row.name, "seconds_per_step": round(seconds, 6), "num_steps": len(times)})
-        _drop(plan, ["pretrained"])
+        write_json(file, content)
+    except OSError as error:
+        raise disk_error(error, file) from error
 
-    ranks.from_first(keep)
+
+def _drop_timed(grid: Grid) -> None:
+    """Drop the models of timings that were stopped after their figure was written."""
+    kept = {step.name for cell in grid.cells if cell.plan is not None for step in cell.plan.steps}
+    missing = {row.content for row in grid.uncalibrated}
+    for row in _rows(grid.recipe)[0]:
+        if row.trains and row.content not in missing:
+            plan, _ = _calibration(grid.recipe, grid.base, row)
+            if _named(plan, "pretrained").name not in kept:
+                _drop(plan, ["pretrained"])
 
 
 # Doing it
@@ -435,6 +513,8 @@ def _compare(recipe: Recipe, only: list[str] | None, progress: Progress, ranks: 
     if not any(row.pretrain.needs_generator for row in grid.rows):
         shared = [name for name in shared if name != "generator"]
     _do(grid.base, grid.base.needed([*shared, "bm25_run"]), progress, ranks)
+    if recipe.compare.budget == "time":
+        ranks.from_first(lambda: _drop_timed(grid))
     if grid.uncalibrated:
         grid = _with_calibrations(grid, only, progress, ranks)
     ranks.from_first(lambda: _measure_bm25(grid))
@@ -444,6 +524,10 @@ def _compare(recipe: Recipe, only: list[str] | None, progress: Progress, ranks: 
         if ranks.from_first(lambda cell=cell: grid.state(cell)[0]) == "done":  # type: ignore[misc]
             ranks.from_first(lambda cell=cell: _drop_measured(grid, cell))  # type: ignore[misc]
             progress.say(f"{title}: done")
+            continue
+        if cell.plan is None:
+            assert cell.untimed, "cells are done after the calibration"
+            progress.say(f"{title}: failed: {cell.untimed}")
             continue
         _do_cell(grid, cell, title, progress, ranks)
         ranks.from_first(lambda: write_results(grid))
@@ -478,14 +562,11 @@ def _do(plan: Plan, steps: list[Step], progress: Progress, ranks: Ranks) -> None
 
 
 def _do_cell(grid: Grid, cell: Cell, title: str, progress: Progress, ranks: Ranks) -> None:
-    assert cell.plan is not None, "cells are done after the calibration"
+    assert cell.plan is not None
     plan = cell.plan
     progress.say(f"{title}: pre-training and retriever 1")
-    try:
-        _do(plan, list(plan.steps), progress, ranks)
-    except _failures() as error:
-        if isinstance(error, DiskError) or ranks.num_ranks > 1:
-            raise  # a full disk stops the next cell too; other processes may wait for this one in the middle of a step
+    error = _failure(lambda: _do(plan, list(plan.steps), progress, ranks), ranks)
+    if error:
         _write_failure(grid, cell, error)
         progress.say(f"{title}: failed: {error}")
         return
@@ -494,17 +575,33 @@ def _do_cell(grid: Grid, cell: Cell, title: str, progress: Progress, ranks: Rank
     progress.say(f"{title}: {grid.split} {shown}")
 
 
-def _failures() -> tuple[type[Exception], ...]:
-    """What one row may fail of without the others failing too."""
+def _failure(work: Callable[[], None], ranks: Ranks) -> str:
+    """Do the work of one row; what it failed of where the others can go on, empty if it is done."""
+    try:
+        work()
+    except (SimlmError, MemoryError, RuntimeError) as error:
+        if isinstance(error, DiskError) or ranks.num_ranks > 1:
+            raise  # a full disk stops the next row too; other processes may wait for this one in the middle of a step
+        if isinstance(error, SimlmError):
+            return str(error)
+        if not _out_of_memory(error):
+            raise
+        return f"out of memory: {error}"
+    return ""
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """torch has a class of its own for a GPU's memory; where the CPU's ends, a plain RuntimeError names the allocator."""
     torch = sys.modules.get("torch")
-    return (SimlmError, MemoryError) if torch is None else (SimlmError, MemoryError, torch.OutOfMemoryError)
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    return "DefaultCPUAllocator" in str(error)
 
 
-def _write_failure(grid: Grid, cell: Cell, error: Exception) -> None:
+def _write_failure(grid: Grid, cell: Cell, error: str) -> None:
     file = grid.failed_file(cell.key)
     file.parent.mkdir(parents=True, exist_ok=True)
-    message = str(error) if isinstance(error, SimlmError) else f"out of memory: {error}"
-    write_json(file, {"row": cell.row.name, "seed": cell.seed, "error": message})
+    write_json(file, {"row": cell.row.name, "seed": cell.seed, "error": error})
 
 
 def _measure_cell(grid: Grid, cell: Cell) -> dict[str, float]:

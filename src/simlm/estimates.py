@@ -83,7 +83,7 @@ class Shape:
 def estimate_step(plan: Plan, step: Step) -> Estimate:
     """Time, memory and disk of one step."""
     sizes = _sizes(plan)
-    shape = _shape(step.settings.model if hasattr(step.settings, "model") else plan.recipe.model, plan)
+    shape = model_shape(step.settings.model if hasattr(step.settings, "model") else plan.recipe.model, plan)
     settings = step.settings
     weights = 4.0 * shape.parameters
     rate = matmul_flops_per_second() * EFFICIENCY
@@ -143,9 +143,10 @@ def _estimate_training(step: Step, sizes: Sizes, shape: Shape, rate: float) -> E
         tokens = per_step * length
         if "none" in settings.objective_weights:
             return Estimate(5, PROCESS_BYTES + 4.0 * shape.parameters, 6.0 * shape.parameters)
-        head_rows, decoder_layers, passes = _objective_costs(settings)
-        head = head_rows * shape.head_flops(tokens)
-        layers = passes + decoder_layers / max(shape.layers, 1)
+        costs = objective_costs(settings)
+        tokens *= costs.tokens_share
+        head = costs.head_rows * shape.head_flops(tokens)
+        layers = costs.passes + costs.decoder_layers / max(shape.layers, 1)
     elif isinstance(settings, RetrieverSettings):
         examples, per_step = sizes.num_queries.get("train", 0), settings.queries_per_step
         tokens = per_step * (sizes.query_tokens + settings.group_size * length)
@@ -167,8 +168,25 @@ def _estimate_training(step: Step, sizes: Sizes, shape: Shape, rate: float) -> E
     )
 
 
-def _objective_costs(settings: PretrainSettings) -> tuple[float, int, float]:
-    """(rows of the vocabulary-wide head a token, decoder layers, passes of the encoder) of a recipe's objectives."""
+@dataclass(frozen=True)
+class ObjectiveCosts:
+    """What a training step costs. head_rows: of the vocabulary-wide head, a token; decoder_layers: in all; passes: of the encoder.
+
+    tokens_share: of the tokens of its passages that the encoder reads.
+    """
+
+    head_rows: float
+    decoder_layers: int
+    passes: float
+    tokens_share: float
+
+
+# Two runs of 5% to 50% of a passage's tokens each, drawn evenly (simlm.objectives.spans); other cuts read every token about once.
+_CROPS_TOKENS_SHARE = 0.55
+
+
+def objective_costs(settings: PretrainSettings) -> ObjectiveCosts:
+    """Costs of a recipe's objectives together: they share the pass of the encoder and add their decoders."""
     encoder, decoder, depth = settings.encoder_mask_rate, settings.decoder_mask_rate, settings.decoder_layers
     costs: dict[str, tuple[float, int, float]] = {
         "replaced_lm": (2.0, depth, 1.0),
@@ -182,9 +200,16 @@ def _objective_costs(settings: PretrainSettings) -> tuple[float, int, float]:
         "context": (encoder + decoder, depth, 1.0),
         "ict": (0.0, 0, 1.33),
         "cropping": (0.0, 0, 1.33),
+        "bow": (encoder, 0, 1.0),
+        "masked_lm": (encoder, 0, 1.0),
     }
-    found = [costs.get(name, (encoder, 0, 1.0)) for name in settings.objective_weights]
-    return max(head for head, _, _ in found), sum(layers for _, layers, _ in found), max(passes for _, _, passes in found)
+    found = [costs[name] for name in settings.objective_weights]
+    return ObjectiveCosts(
+        max(head for head, _, _ in found),
+        sum(layers for _, layers, _ in found),
+        max(passes for _, _, passes in found),
+        _CROPS_TOKENS_SHARE if "cropping" in settings.objective_weights else 1.0,
+    )
 
 
 @functools.cache
@@ -253,7 +278,8 @@ def _folder(reference: str) -> Path:
     return Path(resolve_model(reference))
 
 
-def _shape(settings: ModelSettings, plan: Plan) -> Shape:
+def model_shape(settings: ModelSettings, plan: Plan) -> Shape:
+    """Of the encoder that a recipe starts from; BERT base where its configuration is not on this machine."""
     config: dict[str, Any] = {}
     if settings.start == "scratch":
         config = settings.config

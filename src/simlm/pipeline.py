@@ -132,7 +132,7 @@ class Plan:
             if found and self.state(step)[0] != "done":
                 raise RecipeError(
                     f"step {step.name!r}: {found}. Going on would mix two trainings, so either put the old values back, "
-                    f"or give up what was trained: simlm run RECIPE --start-over {step.name}"
+                    f"or give up what was trained: simlm {step.stage.replace('_', '-')} RECIPE --start-over {step.name}"
                 )
 
     def needed(self, names: list[str]) -> list[Step]:

@@ -59,7 +59,7 @@ def test_a_changed_recipe_does_not_throw_away_an_interrupted_training(
         r"training.learning_rate (\S+|\(not set\)) -> 0.01, the input store, seed \d+ -> 7"
     )
     for only in (["generator"], None):
-        with pytest.raises(RecipeError, match=f"step 'generator': {expected}.*simlm run RECIPE --start-over generator"):
+        with pytest.raises(RecipeError, match=f"step 'generator': {expected}.*simlm train-generator RECIPE --start-over generator"):
             run_recipe(changed, only=only, quiet=True)
     plan = make_plan(changed)
     state, why = plan.state(plan.step("generator"))

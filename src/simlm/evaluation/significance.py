@@ -83,13 +83,18 @@ def t_test(values_Q: Floats, against_Q: Floats) -> float | None:
     return float(2.0 * stats.t.sf(abs(mean) / (deviation / num_queries**0.5), num_queries - 1))
 
 
-def holm(p_values: Mapping[str, float | None]) -> dict[str, float | None]:
-    """Each p-value corrected for the number of tests in the table (Holm); None stays None and does not count as a test."""
+def holm(p_values: Mapping[str, float | None], *, num_tests: int | None = None) -> dict[str, float | None]:
+    """Each p-value corrected for the number of tests in the table (Holm); None stays None and does not count as a test.
+
+    num_tests: how many there will be, for a table of which only some are done, so that a p-value does not rise as the others come in.
+    """
     tests = sorted(((p, name) for name, p in p_values.items() if p is not None), key=lambda test: test[0])
+    total = len(tests) if num_tests is None else num_tests
+    assert total >= len(tests), f"{len(tests)} tests are done of {total}"
     corrected: dict[str, float | None] = dict.fromkeys(p_values)
     running = 0.0
     for position, (p, name) in enumerate(tests):
-        running = max(running, min(1.0, (len(tests) - position) * p))
+        running = max(running, min(1.0, (total - position) * p))
         corrected[name] = running
     return corrected
 

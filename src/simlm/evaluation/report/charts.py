@@ -18,6 +18,7 @@ _WIDTH, _HEIGHT = 360, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 14, 12, 26
 _MAX_POINTS = 240
 _MAX_SERIES = 4
+_MAX_DECIMALS = 6
 
 
 @dataclass(frozen=True)
@@ -103,14 +104,14 @@ def line_chart(series: Sequence[Series], *, label: str = "") -> Markup:
     points = [point for one in series for point in one.points]
     assert points, "a chart needs a point"
     x_high = max(x for x, _ in points) or 1.0
-    ticks = _ticks(min(y for _, y in points), max(y for _, y in points))
-    low, high = ticks[0], ticks[-1]
+    levels = ticks(min(y for _, y in points), max(y for _, y in points))
+    low, high = levels[0], levels[-1]
 
     def place(point: Point) -> tuple[float, float]:
         x = _LEFT + point[0] / x_high * (_WIDTH - _LEFT - _RIGHT)
         return x, _HEIGHT - _BOTTOM - (point[1] - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
 
-    drawn = [_horizontal(place((0, tick))[1], _tick_text(tick, high - low)) for tick in ticks]
+    drawn = [_horizontal(place((0, level))[1], tick_text(level, levels[1] - levels[0])) for level in levels]
     for x in (0.0, x_high / 2, x_high):
         at = place((x, low))[0]
         anchor = "start" if x == 0 else "end" if x == x_high else "middle"
@@ -168,8 +169,8 @@ def _horizontal(y: float, text: str) -> Markup:
     )
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Three to six round values that enclose low..high."""
+def ticks(low: float, high: float) -> list[float]:
+    """Three to six round values, equally far apart, that enclose low..high."""
     if high - low < 1e-12 * max(1.0, abs(high)):
         spread = abs(high) * 0.1 or 1.0
         low, high = low - spread, high + spread
@@ -181,13 +182,14 @@ def _ticks(low: float, high: float) -> list[float]:
     return [index * step for index in range(first, last + 1)]
 
 
-def _tick_text(value: float, spread: float) -> str:
-    decimals = max(0, 1 - math.floor(math.log10(spread)))
-    return f"{value + 0.0:.{min(decimals, 6)}f}" if abs(value) < 1e5 else f"{value:.1e}"
+def tick_text(value: float, step: float) -> str:
+    """A value of an axis with the decimals that its step needs: 0.075 where ticks lie 0.025 apart, 0.08 where 0.02."""
+    decimals = next((number for number in range(_MAX_DECIMALS) if abs(round(step, number) - step) < 1e-6 * step), _MAX_DECIMALS)
+    return f"{value + 0.0:.{decimals}f}" if abs(value) < 1e5 else f"{value:.1e}"
 
 
 def _percent(fraction: float) -> str:
     return f"{100 * min(1.0, max(0.0, fraction)):.3f}"
 
 
-__all__ = ["Panel", "Series", "bar", "line_chart", "stacked_bar", "thin", "training_panels"]
+__all__ = ["Panel", "Series", "bar", "line_chart", "stacked_bar", "thin", "tick_text", "ticks", "training_panels"]

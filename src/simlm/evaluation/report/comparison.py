@@ -1,8 +1,10 @@
 """The comparison of pre-trainings: means and spreads over seeds, paired tests over queries, costs; as JSON, a page and terminal tables.
 
-Two kinds of chance are kept apart. The spread is the sample standard deviation over seeds: what another seed of pre-training and retriever
-would change. The p-value is of a paired test over queries, on values averaged over the seeds that both rows have: what other queries
-would change, given those seeds; Holm's correction runs over the rows of a table.
+Two kinds of chance are kept apart. The spread s is the sample standard deviation over seeds: what another seed of pre-training and
+retriever would change. A difference of two means over n seeds each has the standard deviation s sqrt(2 / n), so that it stays within the
+spread up to t(0.975) times that, t with the degrees of freedom that s rests on (`_seed_limit`). The p-value is of a paired test over
+queries, on values averaged over the seeds that both rows have: what other queries would change, given those seeds; Holm's correction runs
+over all rows of a table that are to be compared, measured or not.
 """
 
 from __future__ import annotations
@@ -10,10 +12,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -21,7 +24,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from simlm.artifacts import write_json
-from simlm.evaluation.report.charts import Series, _tick_text, _ticks, line_chart
+from simlm.evaluation.report.charts import Series, line_chart, tick_text, ticks
 from simlm.evaluation.report.page import markdown_text
 from simlm.evaluation.report.results import SIGNIFICANT
 from simlm.evaluation.report.steps import flat_settings
@@ -32,16 +35,20 @@ from simlm.evaluation.significance import Method, holm, p_value, wins_ties_losse
 if TYPE_CHECKING:
     from rich.table import Table
 
-PROBE = "probe_RR@10"
+PROBE, WHITENED = "probe_RR@10", "probe_whitened_RR@10"
 NONE = "none"
 SHOWN_MEASURES = 3
 BUDGETS = {
-    "data": "the same passages and steps",
+    "data": "as many steps of as many passages",
     "tokens": "the same tokens through encoder and decoder layers (a decoder's counted as its share of the encoder's layers)",
     "time": "the same seconds of training steps, by a calibration",
 }
 # Fewer judged queries and only large differences can be told from chance.
 _FEW_QUERIES = 50
+# Below this share of BM25's measure a retriever has hardly learned: what is compared is noise around nothing.
+_HARDLY_LEARNED = 0.1
+# A measure below this has four decimals, any other three.
+_SMALL = 0.1
 _HERE = Path(__file__).parent
 
 Floats = NDArray[np.float64]
@@ -113,10 +120,20 @@ def summarize(facts: Facts, tables: Sequence[TableResults], *, bm25: Mapping[str
 
 
 def write_comparison(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write comparison.json, comparison.html and comparison.md into a folder, the first last and in one move."""
-    (folder / "comparison.html").write_bytes(render_html(content).encode("utf-8", errors="replace"))
-    (folder / "comparison.md").write_bytes(render_markdown(content).encode("utf-8", errors="replace"))
+    """Write comparison.json, comparison.html and comparison.md into a folder, each in one move, the first last."""
+    _write_text(folder / "comparison.html", render_html(content))
+    _write_text(folder / "comparison.md", render_markdown(content))
     write_json(folder / "comparison.json", content)
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write a page so that a reader sees either the old one or the new one, never half of one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(text.encode("utf-8", errors="replace"))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def conclusions(content: Mapping[str, Any]) -> list[Verdict]:
@@ -147,7 +164,15 @@ def outcome(row: Mapping[str, Any]) -> str:
         return "no difference shown"
     if against["within_spread"]:
         return "within spread"
+    return _direction(against) + (" (one seed)" if against["seed_limit"] is None else "")
+
+
+def _direction(against: Mapping[str, Any]) -> str:
     return "better" if against["difference"] > 0 else "worse"
+
+
+# Of the terminal columns that may wrap: their longest words.
+_LEAST_WIDTHS = {"": len("replaced_lm"), "outcome": len("difference"), "probe": len("0.388 ->")}
 
 
 def terminal_tables(content: Mapping[str, Any]) -> list[Table]:
@@ -158,9 +183,12 @@ def terminal_tables(content: Mapping[str, Any]) -> list[Table]:
 
     tables = []
     for table in content["tables"]:
-        drawn = Table(title=escape(table["title"]), box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+        drawn = Table(title=escape(table["title"]), box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
         for place, heading in enumerate(headings(content, table)):
-            drawn.add_column(escape(heading), justify="left" if place == 0 or heading == "outcome" else "right", no_wrap=True)
+            # Where the terminal is too narrow, names, outcomes and probes go over two lines; the numbers beside them stay whole.
+            side: Literal["left", "right"] = "left" if place == 0 or heading == "outcome" else "right"
+            least = _LEAST_WIDTHS.get(heading)
+            drawn.add_column(escape(heading), justify=side, no_wrap=least is None, min_width=least, overflow="fold")
         for row in table["rows"]:
             drawn.add_row(*(escape(cell) for cell in row_cells(content, table, row)), style="bold" if row["is_main"] else "")
         tables.append(drawn)
@@ -170,23 +198,31 @@ def terminal_tables(content: Mapping[str, Any]) -> list[Table]:
 def caption(content: Mapping[str, Any]) -> str:
     """How to read the tables."""
     test = "paired randomization test" if content["significance"]["test"] == "randomization" else "paired t-test"
+    other = " (the mismatched one those of its own corpus)" if any(table["name"] == "corpus" for table in content["tables"]) else ""
     return (
-        f"{content['num_queries']:,} judged {content['split']} queries, {content['num_passages']:,} passages. Every pre-trained row had "
-        f"{BUDGETS[content['budget']]}. After ±: the standard deviation over seeds, where there are two or more. Differences are of "
-        f"{content['measures'][0]}, over the seeds that both rows have; p is of a {test} over queries, corrected for the number of rows "
-        f"(Holm). A difference with p of {SIGNIFICANT} or more is none that was shown; one within the main row's "
-        "spread may turn with another seed. "
-        "Probe: RR@10 of [CLS] on held-out passages at the end of pre-training; time, tokens a second and peak memory: of pre-training."
+        f"{content['num_queries']:,} judged {content['split']} queries, {content['num_passages']:,} passages. Within a table every "
+        f"pre-trained row had {BUDGETS[content['budget']]}{other}. After ±: the standard deviation over seeds, where there are two "
+        f"or more. Differences are of {content['measures'][0]}, over the seeds that both rows have; p is of a {test} over "
+        "queries, corrected for the number of rows to be compared (Holm). "
+        f"A difference with p of {SIGNIFICANT} or more is none that was shown. "
+        "One that two lots of seeds of a single row would exceed in fewer than one case in twenty is better or worse; "
+        "a smaller one is within spread and may turn with other seeds. "
+        "That limit is t(0.975) s sqrt(2 / common seeds), s the standard deviation over the seeds of the main row, "
+        "pooled with the other row's where that has two or more; "
+        "one seed: the main row has no spread yet to hold a difference against. "
+        "Probe: RR@10 of [CLS] on held-out passages at the start -> at the end of pre-training, whitened: at its end, after whitening; "
+        "time, tokens a second and peak memory: of pre-training, its dev measures included."
     )
 
 
-_COSTS = ["probe", "time", "tokens/s", "memory"]
+_COSTS = ["time", "tokens/s", "memory"]
 
 
 def headings(content: Mapping[str, Any], table: Mapping[str, Any]) -> list[str]:
     """Column heads that go with `row_cells`."""
     none = ["to none"] if table["has_none"] else []
-    return ["", "seeds", *content["measures"][:SHOWN_MEASURES], "to main", "p, Holm", "outcome", *none, *_COSTS]
+    whitened = ["whitened"] if _has_whitened(table) else []
+    return ["", "seeds", *content["measures"][:SHOWN_MEASURES], "to main", "p, Holm", "outcome", *none, "probe", *whitened, *_COSTS]
 
 
 def row_cells(content: Mapping[str, Any], table: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
@@ -195,17 +231,30 @@ def row_cells(content: Mapping[str, Any], table: Mapping[str, Any], row: Mapping
     cells = [row["name"], f"{row['num_seeds']}/{len(row['wanted_seeds'])}"]
     for name in content["measures"][:SHOWN_MEASURES]:
         mean, spread = row["mean"].get(name), row["spread"].get(name)
-        cells.append("" if mean is None else f"{mean:.3f}" + (f" ±{spread:.3f}" if spread is not None else ""))
+        cells.append("" if mean is None else _mean_text(mean, spread))
     cells += ["", ""] if against is None else [f"{against['difference']:+.3f}", p_cell(against["p_value_holm"])]
     cells.append(outcome(row))
     if table["has_none"]:
         cells.append("" if none is None else f"{none['difference']:+.3f}" + (" *" if _significant(none) else ""))
     cost = row["cost"]
     memory = cost["peak_gpu_bytes"] or cost["peak_memory_bytes"]
-    cells.append("" if row["probe"] is None else f"{row['probe']:.3f}")
+    start = "" if row["probe_start"] is None else f"{row['probe_start']:.3f} -> "
+    cells.append("" if row["probe"] is None else f"{start}{row['probe']:.3f}")
+    if _has_whitened(table):
+        cells.append("" if row["probe_whitened"] is None else f"{row['probe_whitened']:.3f}")
     cells.append("" if cost["seconds"] is None else duration(cost["seconds"]))
     cells += [count(cost["tokens_per_second"]), "" if memory is None else size(memory)]
     return cells
+
+
+def _has_whitened(table: Mapping[str, Any]) -> bool:
+    return any(row["probe_whitened"] is not None for row in table["rows"])
+
+
+def _mean_text(mean: float, spread: float | None) -> str:
+    """0.612, or 0.0274 ±0.0031: three decimals, four for a mean below 0.1, and the spread as many."""
+    decimals = 4 if abs(mean) < _SMALL else 3
+    return f"{mean:.{decimals}f}" + (f" ±{spread:.{decimals}f}" if spread is not None else "")
 
 
 def render_html(content: Mapping[str, Any]) -> str:
@@ -250,18 +299,14 @@ def render_markdown(content: Mapping[str, Any]) -> str:
 
 def _table(facts: Facts, table: TableResults, untrained: RowResults | None) -> dict[str, Any]:
     main = next(row for row in table.rows if row.name == facts.main[table.name])
-    spread = _spread(_means(facts, main, facts.measures[0]))
-    against_main = {row.name: _compare(facts, row, main) for row in table.rows if row.content != main.content}
-    against_none = {row.name: _compare(facts, row, untrained) for row in table.rows if untrained and row.content != untrained.content}
+    against_main = {row.name: _compare(facts, row, main, main) for row in table.rows if row.content != main.content}
+    against_none = {row.name: _compare(facts, row, untrained, main) for row in table.rows if untrained and row.content != untrained.content}
     for compared in (against_main, against_none):
-        corrected = holm({name: item["p_value"] for name, item in compared.items() if item is not None})
+        corrected = holm({name: item["p_value"] for name, item in compared.items() if item is not None}, num_tests=len(compared))
         for name, p in corrected.items():
             item = compared[name]
             assert item is not None
             item["p_value_holm"] = p
-    for item in against_main.values():
-        if item is not None:
-            item["within_spread"] = spread is not None and abs(item["difference"]) <= spread
     return {
         "name": table.name,
         "title": table.title,
@@ -278,7 +323,7 @@ def _table(facts: Facts, table: TableResults, untrained: RowResults | None) -> d
 def _row(facts: Facts, row: RowResults) -> dict[str, Any]:
     means = {name: _means(facts, row, name) for name in facts.measures}
     pretrained = [measured["pretrain"] for measured in row.measured.values()]
-    probes = [one["dev"][PROBE] for one in pretrained if PROBE in one.get("dev", {})]
+    ends = [one.get("dev", {}) for one in pretrained]
     return {
         "name": row.name,
         "content": row.content,
@@ -286,7 +331,9 @@ def _row(facts: Facts, row: RowResults) -> dict[str, Any]:
         "num_seeds": len(row.measured),
         "mean": {name: float(np.mean(values)) for name, values in means.items() if values},
         "spread": {name: _spread(values) for name, values in means.items()},
-        "probe": float(np.mean(probes)) if probes else None,
+        "probe": _mean(ends, PROBE),
+        "probe_start": _mean([one.get("dev_start", {}) for one in pretrained], PROBE),
+        "probe_whitened": _mean(ends, WHITENED),
         "cost": {
             "seconds": _mean(pretrained, "seconds"),
             "training_seconds": _mean(pretrained, "training_seconds"),
@@ -311,22 +358,47 @@ def _row(facts: Facts, row: RowResults) -> dict[str, Any]:
     }
 
 
-def _compare(facts: Facts, row: RowResults, other: RowResults) -> dict[str, Any] | None:
-    """Difference and test on the seeds that both have; None without any."""
+def _compare(facts: Facts, row: RowResults, other: RowResults, main: RowResults) -> dict[str, Any] | None:
+    """Difference and test on the seeds that both have; None without any. main: of the table, the row with the most seeds."""
     seeds = [seed for seed in row.measured if seed in other.measured]
     if not seeds:
         return None
+    rows_of_queries = {tuple(one.measured[seed]["splits"][facts.split]["query_rows"]) for one in (row, other) for seed in seeds}
+    assert len(rows_of_queries) == 1, f"{row.name} and {other.name} are measured on different queries"
     values, against = (_per_query(facts, one, seeds) for one in (row, other))
     wins, ties, losses = wins_ties_losses(values, against)
+    difference = float((values - against).mean()) if len(values) else 0.0
+    limit = _seed_limit(facts, main, {one.content: one for one in (row, other)}, len(seeds))
     return {
         "seeds": seeds,
-        "difference": float((values - against).mean()) if len(values) else 0.0,
+        "difference": difference,
+        "seed_limit": limit,
+        "within_spread": limit is not None and abs(difference) <= limit,
         "p_value": p_value(values, against, method=facts.significance, num_samples=facts.num_samples, seed=facts.seed),
         "p_value_holm": None,
         "wins": wins,
         "ties": ties,
         "losses": losses,
     }
+
+
+def _seed_limit(facts: Facts, main: RowResults, compared: Mapping[str, RowResults], num_seeds: int) -> float | None:
+    """How far two means over num_seeds seeds each lie apart in 19 of 20 cases if only the seeds differ; None while main has one seed.
+
+    t(0.975) s sqrt(2 / num_seeds): s is main's standard deviation over seeds, pooled with those of the rows compared that have one.
+    """
+    from scipy import stats
+
+    measure = facts.measures[0]
+    if len(main.measured) < 2:
+        return None
+    rows = {main.content: main, **compared}
+    spreads = [
+        (len(row.measured) - 1, float(np.std(_means(facts, row, measure), ddof=1))) for row in rows.values() if len(row.measured) > 1
+    ]
+    degrees = sum(df for df, _ in spreads)
+    pooled = math.sqrt(sum(df * spread**2 for df, spread in spreads) / degrees)
+    return float(stats.t.ppf(0.975, degrees)) * pooled * math.sqrt(2 / num_seeds)
 
 
 def _per_query(facts: Facts, row: RowResults, seeds: list[int]) -> Floats:
@@ -357,6 +429,9 @@ def _highest(facts: Sequence[Mapping[str, Any]], name: str) -> float | None:
 # In words
 
 
+_OUTCOMES = ("better", "worse", "better (one seed)", "worse (one seed)", "within spread", "no difference shown")
+
+
 def _outcomes(content: Mapping[str, Any], table: Mapping[str, Any]) -> list[Verdict]:
     """The rows of a table against its main row."""
     measure = content["measures"][0]
@@ -365,8 +440,9 @@ def _outcomes(content: Mapping[str, Any], table: Mapping[str, Any]) -> list[Verd
         return []
     told: dict[str, list[str]] = {}
     for row in table["rows"]:
-        told.setdefault(outcome(row), []).append(f"{row['name']} ({row['mean'][measure]:.3f})" if row["num_seeds"] else row["name"])
-    parts = [f"{word}: {', '.join(told[word])}" for word in ("better", "worse", "within spread", "no difference shown") if word in told]
+        against = row["against_main"]
+        told.setdefault(outcome(row), []).append(row["name"] + (f" ({against['difference']:+.3f})" if against is not None else ""))
+    parts = [f"{word}: {', '.join(told[word])}" for word in _OUTCOMES if word in told]
     text = f"{_subject(table)}: {main['name']} has {measure} {_with_spread(main, measure)}"
     return [Verdict("plain", text + (f". Against it {'; '.join(parts)}" if parts else "") + ".")]
 
@@ -383,10 +459,15 @@ def _gains(content: Mapping[str, Any]) -> list[Verdict]:
             told.add(row["content"])
             name = f"{_subject(table)}: {row['name']}"
             shown = f"{against['difference']:+.3f}, corrected {p_text(against['p_value_holm'])}"
-            if against["difference"] <= 0:
-                found.append(Verdict("bad", f"{name} has not paid off against no pre-training: {shown}."))
-            elif not _significant(against):
-                found.append(Verdict("warn", f"{name} is not measurably better than no pre-training: {shown}."))
+            if not _significant(against) or against["difference"] == 0:
+                found.append(Verdict("warn", f"{name}: no difference to no pre-training shown: {shown}."))
+            elif against["within_spread"]:
+                limit = f"±{against['seed_limit']:.3f}"
+                found.append(Verdict("warn", f"{name} differs from no pre-training within what other seeds may turn ({limit}): {shown}."))
+            elif against["seed_limit"] is None:
+                found.append(Verdict("warn", f"{name} is {_direction(against)} than no pre-training with one seed: {shown}."))
+            elif against["difference"] < 0:
+                found.append(Verdict("bad", f"{name} is worse than no pre-training: {shown}."))
             else:
                 found.append(Verdict("good", f"{name} is better than no pre-training: {shown}."))
     return found
@@ -401,7 +482,11 @@ def _below_bm25(content: Mapping[str, Any]) -> list[Verdict]:
     own, bm25 = best["mean"][measure], content["bm25"][measure]
     if own >= bm25:
         return []
-    return [Verdict("warn", f"Every row is below BM25 ({measure} {bm25:.3f}); the best, {best['name']}, has {own:.3f}.")]
+    told = f"BM25 ({measure} {bm25:.3f}); the best, {best['name']}, has {_mean_text(own, None)}"
+    if own < _HARDLY_LEARNED * bm25:
+        why = "retriever 1 has hardly learned, so differences between the rows say little; raise retriever1.training.max_steps"
+        return [Verdict("bad", f"Every row is below a tenth of {told}: {why}.")]
+    return [Verdict("warn", f"Every row is below {told}.")]
 
 
 def _single_seeds(content: Mapping[str, Any]) -> list[Verdict]:
@@ -423,11 +508,11 @@ def _subject(table: Mapping[str, Any]) -> str:
 
 def _with_spread(row: Mapping[str, Any], measure: str) -> str:
     spread, seeds = row["spread"][measure], row["num_seeds"]
-    return f"{row['mean'][measure]:.3f}" + (f" ±{spread:.3f} over {seeds} seeds" if spread is not None else " with one seed")
+    return _mean_text(row["mean"][measure], spread) + (f" over {seeds} seeds" if spread is not None else " with one seed")
 
 
 def _values(content: Mapping[str, Any], averages: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {averages[name]:.3f}" for name in content["measures"] if name in averages)
+    return ", ".join(f"{name} {_mean_text(averages[name], None)}" for name in content["measures"] if name in averages)
 
 
 def _significant(item: Mapping[str, Any]) -> bool:
@@ -438,15 +523,18 @@ def _significant(item: Mapping[str, Any]) -> bool:
 
 
 def dot_plot(content: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
-    """{"low", "high": of the scale, "lines": [(row, picture, value)]}, the best first: mean, spread and each seed of the main measure."""
+    """{"low", "high": of the scale, "ends": the same as text, "lines": [(row, picture, value)]}, the best first.
+
+    A picture shows mean, spread and each seed of the main measure.
+    """
     measure = content["measures"][0]
     rows = sorted((row for row in table["rows"] if row["num_seeds"]), key=lambda row: -float(row["mean"][measure]))
     if not rows:
-        return {"low": 0.0, "high": 1.0, "lines": []}
+        return {"low": 0.0, "high": 1.0, "ends": ("0", "1"), "lines": []}
     seeds = {row["name"]: [one["averages"][content["split"]][measure] for one in row["seeds"].values()] for row in rows}
     ends = [value for values in seeds.values() for value in values]
     ends += [row["mean"][measure] + sign * (row["spread"][measure] or 0.0) for row in rows for sign in (-1, 1)]
-    low, high = _rounded(min(ends), max(ends))
+    low, high, step = _rounded(min(ends), max(ends))
     main = next((row["mean"][measure] for row in rows if row["is_main"]), None)
     lines = []
     for row in rows:
@@ -464,8 +552,8 @@ def dot_plot(content: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, 
             '<svg class="dots" viewBox="0 0 100 14" preserveAspectRatio="none" role="img" aria-label="{}"><title>{}</title>'
             '<rect class="track" width="100" y="6" height="2"/>{}</svg>'
         ).format(told, told, Markup("").join(marks))
-        lines.append((row["name"], picture, f"{mean:.3f}" + (f" ±{spread:.3f}" if spread is not None else "")))
-    return {"low": low, "high": high, "lines": lines}
+        lines.append((row["name"], picture, _mean_text(mean, spread)))
+    return {"low": low, "high": high, "ends": (tick_text(low, step), tick_text(high, step)), "lines": lines}
 
 
 # Pixels of the scatter plot's own coordinates.
@@ -480,8 +568,8 @@ def scatter(content: Mapping[str, Any]) -> Markup | None:
     points = [(row["name"], row["cost"]["training_seconds"] or 0.0, row["mean"][measure], row["is_main"]) for row in rows.values()]
     if len(points) < 2:
         return None
-    levels = _ticks(min(y for _, _, y, _ in points), max(y for _, _, y, _ in points))
-    times = _ticks(0.0, max(x for _, x, _, _ in points) or 1.0)
+    levels = ticks(min(y for _, _, y, _ in points), max(y for _, _, y, _ in points))
+    times = ticks(0.0, max(x for _, x, _, _ in points) or 1.0)
     low, high, longest = levels[0], levels[-1], times[-1]
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -493,7 +581,7 @@ def scatter(content: Mapping[str, Any]) -> Markup | None:
         down = place(0, level)[1]
         drawn.append(
             Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/><text x="{}" y="{}" text-anchor="end">{}</text>').format(
-                _LEFT, _WIDTH - _RIGHT, f"{down:.1f}", f"{down:.1f}", _LEFT - 8, f"{down + 4:.1f}", _tick_text(level, high - low)
+                _LEFT, _WIDTH - _RIGHT, f"{down:.1f}", f"{down:.1f}", _LEFT - 8, f"{down + 4:.1f}", tick_text(level, levels[1] - levels[0])
             )
         )
     for seconds in times:
@@ -505,12 +593,12 @@ def scatter(content: Mapping[str, Any]) -> Markup | None:
     taken = [(across - 6, across + 6, down + 5) for across, down in (place(x, y) for _, x, y, _ in points)]
     for name, x, y, is_main in sorted(points, key=lambda point: -point[2]):
         across, down = place(x, y)
-        title = Markup("<title>{}: {} {}, {} s</title>").format(name, measure, f"{y:.3f}", f"{x:,.1f}")
+        title = Markup("<title>{}: {} {}, {} s</title>").format(name, measure, _mean_text(y, None), f"{x:,.1f}")
         at, style = f"{across:.1f}", "main" if is_main else "other"
         drawn.append(Markup('<circle class="point {}" cx="{}" cy="{}" r="5">{}</circle>').format(style, at, f"{down:.1f}", title))
         text_x, text_y = _free(across, down, len(name) * _LABEL_WIDTH, taken)
         drawn.append(Markup('<text class="name" x="{}" y="{}">{}</text>').format(f"{text_x:.1f}", f"{text_y:.1f}", name))
-    told = "; ".join(f"{name} {y:.3f} in {x:,.1f} s" for name, x, y, _ in points)
+    told = "; ".join(f"{name} {_mean_text(y, None)} in {x:,.1f} s" for name, x, y, _ in points)
     return Markup('<svg class="chart scatter" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
         _WIDTH, _HEIGHT, f"{measure} over seconds of pre-training: {told}", Markup("").join(drawn)
     )
@@ -579,12 +667,12 @@ def _percent(value: float, low: float, high: float) -> float:
     return 100 * min(1.0, max(0.0, (value - low) / (high - low)))
 
 
-def _rounded(low: float, high: float) -> tuple[float, float]:
-    """Round values that enclose low..high, with a little room, never of width 0."""
+def _rounded(low: float, high: float) -> tuple[float, float, float]:
+    """Round values that enclose low..high, with a little room, never of width 0; and what they are multiples of."""
     room = max(0.05 * (high - low), 1e-3 * max(abs(high), 1e-3))
     step = 10.0 ** math.floor(math.log10((high - low) + 2 * room)) / 4
     bottom = 0.0 if low == 0 else max(0.0, math.floor((low - room) / step) * step) if low >= 0 else math.floor((low - room) / step) * step
-    return bottom, math.ceil((high + room) / step) * step
+    return bottom, math.ceil((high + room) / step) * step, step
 
 
 __all__ = [
