@@ -94,4 +94,5 @@ def test_processes_make_the_loss_and_gradient_of_one(tiny_store: Store, tmp_path
         assert found["sums"] == pytest.approx(losses, rel=1e-5), name
         expected = gradients(task)
         assert found["gradients"].keys() == expected.keys()
-        assert relative_difference(found["gradients"], expected) < 1e-6, name
+        # Sums in another order: the one-pass fp32 gradient is itself about 1e-6 from the one in fp64.
+        assert relative_difference(found["gradients"], expected) < 5e-6, name

@@ -151,7 +151,7 @@ def test_two_passes_have_the_gradient_of_one(tiny_store: Store, objective: str, 
     expected = gradients(plain)
     assert gradients(task).keys() == expected.keys()
     # The one-pass fp32 gradient is itself about 1e-6 from the one in fp64.
-    assert relative_difference(gradients(task), expected) < 3e-6
+    assert relative_difference(gradients(task), expected) < 5e-6
 
 
 def test_dropout_is_that_of_the_second_pass(tiny_store: Store) -> None:
