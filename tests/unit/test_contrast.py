@@ -145,8 +145,8 @@ def test_two_passes_have_the_gradient_of_one(tiny_store: Store, objective: str, 
     assert (len(micro_batches) > 2) == (micro_batch_tokens == 70)
     found = two_passes(task, micro_batches)
     assert found == {
-        "loss": pytest.approx(one_pass(plain, micro_batches), rel=1e-6),
-        "contrast_loss": pytest.approx(found["loss"], rel=1e-6),
+        "loss": pytest.approx(one_pass(plain, micro_batches), rel=1e-5),
+        "contrast_loss": pytest.approx(found["loss"], rel=1e-5),
     }
     expected = gradients(plain)
     assert gradients(task).keys() == expected.keys()
