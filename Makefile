@@ -20,10 +20,10 @@ quickstart: install   ## the whole pipeline on Python's own documentation, in mi
 	$(BIN)/simlm run recipes/quickstart.toml
 
 test: install    ## the fast test suite, as CI runs it
-	$(BIN)/python -m pytest -q -m 'not slow' -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -m 'not slow' -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: install   ## every test, the slow ones too
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 check: install   ## style, types, layering
 	$(BIN)/ruff check .
