@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from simlm.cli import app
+from simlm.pipeline import LOCK
 from simlm.training.callbacks import read_log
 from tests.toy.corpus import TINY, write_beir
 
@@ -109,8 +111,20 @@ def kill_at_halt(data: Path, output: Path, num_ranks: int, folder: Path) -> list
             with contextlib.suppress(ProcessLookupError, FileNotFoundError):
                 os.kill(int((folder / str(rank)).read_text(encoding="utf-8")), signal.SIGKILL)
         process.wait()
+        wait_for_lock(output / LOCK, time.monotonic() + 60)
     assert [folder.name for folder in (work / "resume" / "checkpoints").glob("checkpoint-*")] == [f"checkpoint-{SAVE_STEPS}"]
     return lines
+
+
+def wait_for_lock(file: Path, limit: float) -> None:
+    """The killed processes are not ours to wait for; the system frees the run's lock when the last of them is gone."""
+    with file.open("a") as lock:
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            assert time.monotonic() < limit, f"{file} is still held"
+            time.sleep(0.05)
 
 
 def curve(output: Path) -> list[dict[str, Any]]:
