@@ -172,7 +172,7 @@ class ProbeSettings(Section):
     """The retrieval probe of pre-training: does `[CLS]` find a held-out passage by its title or its first sentence, without labels?"""
 
     num_passages: Annotated[int, Field(ge=0)] = 512
-    """Held-out passages searched, each also a query; 0 turns the probe off."""
+    """Held-out passages searched; passages with the same title are found by one query. 0 turns the probe off."""
     query: Literal["auto", "title", "first_sentence"] = "auto"
     """What asks for a passage: its title, or its first sentence (the rest is then searched); "auto" = titles where most passages have
     one of their own."""
