@@ -10,7 +10,7 @@ import pytest
 
 from simlm.data.batches import TokenBatch, collate
 from simlm.objectives import masking
-from simlm.objectives.masking import Draws, Masking, idf_weights, mask_budget, nested_masks, whole_word_mask
+from simlm.objectives.masking import Draws, Masking, idf_weights, mask_budget, whole_word_mask
 from tests.conftest import build_store, tiny_passages
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def test_rates_and_nesting(kind: str) -> None:
 def test_nested_masks_are_those_of_whole_words() -> None:
     batch = batch_of([2, 1, 3, 1, 1] * 4, [1] * 9)
     first, second = (Draws(5, 0, np.arange(2)).uniforms(stream, 34) for stream in (0, 1))
-    ours, theirs = nested_masks(batch, 0.3, 0.5, first, second), Masking().nested(batch, 0.3, 0.5, first, second)
+    ours, theirs = Masking().nested(batch, 0.3, 0.5, first, second), Masking().nested(batch, 0.3, 0.5, first, second)
     assert (ours[0] == theirs[0]).all() and (ours[1] == theirs[1]).all()
     assert (ours[0] == whole_word_mask(batch, 0.3, first)).all()
 

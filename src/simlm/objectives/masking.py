@@ -109,13 +109,6 @@ class Masking:
         return encoder_BT, encoder_BT | self.mask(batch, second_rate, second_draws_BT)
 
 
-def nested_masks(
-    batch: TokenBatch, encoder_rate: float, decoder_rate: float, first_draws_BT: Uniforms, second_draws_BT: Uniforms
-) -> tuple[Bools, Bools]:
-    """(encoder mask, decoder mask) of whole words, the second a superset of the first; see `Masking.nested`."""
-    return Masking().nested(batch, encoder_rate, decoder_rate, first_draws_BT, second_draws_BT)
-
-
 def mask_budget(maskable_B: NDArray[np.int64], rate: float) -> NDArray[np.int64]:
     """Tokens to mask of so many: max(1, round(rate x tokens)), and none where there are none."""
     budget_B: NDArray[np.int64] = np.minimum(np.maximum(np.rint(rate * maskable_B), 1), maskable_B).astype(np.int64)
