@@ -1,0 +1,402 @@
+"""Which recipe makes the better retriever: sentence-transformers' documented ones, or simlm's four stages?
+
+python benchmarks/recipe_quality.py [squad|medquad|scifact ...] [--steps 30] [--queries 32] [--group-size 3] [--work FOLDER]
+
+Everyone starts from packaged MiniLM, trains on the same queries with as many queries and passages a step for as many steps, cut to the
+same lengths, and is measured on the same test queries over the same passages ($SIMLM_DATA or ../shared/data):
+
+mnrl           hard negatives of sentence_transformers.util.mine_hard_negatives (relative margin 0.05, the top ones), then
+               MultipleNegativesRankingLoss as documented: scale 20, learning rate 2e-5, warm-up 0.1
+mnrl, our rate the same with the learning rate of simlm's retrievers
+distilled      CrossEncoder trained by CrossEncoderTrainer with BinaryCrossEntropyLoss on the same mined negatives, its scores, then
+               DistillKLDivLoss (documented defaults) from the starting model
+distilled, our rates  the same with the learning rates of simlm's re-ranker and distilled retriever
+ours           retriever 1 (BM25's negatives), retriever 2 (mined with it), re-ranker, distilled retriever: `simlm run`
+
+Their cross-encoder sees as many pairs as simlm's re-ranker. Finished parts are kept in --work and not done again.
+Prints a table for each data set, with paired randomization tests (10,000 sign flips, two-sided), and, last, one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+START = "packaged:all-MiniLM-L6-v2"
+MEASURES = ["RR@10", "nDCG@10", "R@50"]
+DOCUMENTED_RATE = 2e-5
+STAGES = {"start": "Starting model", "retriever1": "Retriever 1", "retriever2": "Retriever 2", "distilled": "Distilled retriever"}
+PEERS = {
+    "mnrl": "sentence-transformers: MNRL, mined negatives",
+    "mnrl_our_rate": "the same, our learning rate",
+    "distilled_theirs": "sentence-transformers: distillation",
+    "distilled_our_rates": "the same, our learning rates",
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is equal for all."""
+
+    dataset: str
+    steps: int
+    queries: int
+    group_size: int
+    passage_tokens: int
+    query_tokens: int
+    train_queries: int
+    test_queries: int
+    passages: int
+    reranker_steps: int
+    reranker_queries: int
+    reranker_group: int
+    learning_rate: float
+    reranker_rate: float
+    seed: int
+
+
+def main() -> None:
+    options = parse_options()
+    if options.part:
+        part, size, folder = options.part, Size(**json.loads(options.size)), Path(options.work)
+        {"ours": run_ours, "negatives": mine, "teacher": train_teacher}.get(part, lambda *a: train_peer(part, *a))(size, folder)
+        return
+    summary: dict[str, Any] = {}
+    for dataset in options.datasets:
+        size = Size(dataset=dataset, **{name: getattr(options, name) for name in Size.__annotations__ if name != "dataset"})
+        folder = options.work / f"{dataset}-{size.seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        same_size(folder, size)
+        for part in ("ours", "negatives", "mnrl", "teacher", "distilled_theirs", "mnrl_our_rate", "distilled_our_rates"):
+            if part in options.leave_out.split(","):
+                continue
+            do(part, size, folder)
+        summary[dataset] = report(size, folder)
+    print(json.dumps(summary))
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("datasets", nargs="*", default=["squad", "medquad", "scifact"])
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--queries", type=int, default=32, help="of a step")
+    parser.add_argument("--group-size", type=int, default=3, help="passages of a query")
+    parser.add_argument("--passage-tokens", type=int, default=64)
+    parser.add_argument("--query-tokens", type=int, default=32)
+    parser.add_argument("--train-queries", type=int, default=1500)
+    parser.add_argument("--test-queries", type=int, default=2000, help="at most")
+    parser.add_argument("--passages", type=int, default=5000, help="at most, judged ones first")
+    parser.add_argument("--reranker-steps", type=int, default=60)
+    parser.add_argument("--reranker-queries", type=int, default=16)
+    parser.add_argument("--reranker-group", type=int, default=4)
+    parser.add_argument("--learning-rate", type=float, default=5e-5, help="of our retrievers")
+    parser.add_argument("--reranker-rate", type=float, default=2e-4, help="of our re-ranker")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--work", type=Path, default=Path("runs/recipe_quality"))
+    parser.add_argument("--leave-out", default="", help="comma-separated parts")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    parser.add_argument("--size", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def same_size(folder: Path, size: Size) -> None:
+    """Refuse to mix parts of two sizes."""
+    file = folder / "size.json"
+    if file.exists() and json.loads(file.read_text(encoding="utf-8")) != size.__dict__:
+        raise SystemExit(f"{folder}: holds parts of another size ({file.name}); give another --work, or delete it")
+    file.write_text(json.dumps(size.__dict__, indent=1), encoding="utf-8")
+
+
+def do(part: str, size: Size, folder: Path) -> None:
+    """A part in a process of its own, once."""
+    done = folder / f"{part}.done"
+    if done.exists():
+        return
+    print(f"{size.dataset}: {part}", flush=True)
+    started = time.perf_counter()
+    command = [sys.executable, __file__, "--part", part, "--work", str(folder), "--size", json.dumps(size.__dict__)]
+    with open(folder / f"{part}.log", "w", encoding="utf-8") as log:
+        code = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
+    if code:
+        raise SystemExit(f"{part} ended with code {code}; its log: {folder / f'{part}.log'}")
+    done.write_text(f"{time.perf_counter() - started:.0f}", encoding="utf-8")
+
+
+# --- ours
+
+
+def recipe_of(size: Size, folder: Path) -> Any:
+    from simlm.recipe import parse_recipe
+
+    data = Path(os.environ.get("SIMLM_DATA", "../shared/data")) / size.dataset
+    retriever = {
+        "initial": "start",
+        "queries_per_step": size.queries,
+        "group_size": size.group_size,
+        "dropout": 0.0,
+        "dev": {"num_queries": 100, "pool_passages": 600},
+        "training": {"learning_rate": size.learning_rate, "max_steps": size.steps},
+    }
+    return parse_recipe(
+        {
+            "name": "ours",
+            "output": str(folder / "ours"),
+            "seed": size.seed,
+            "skip": ["pretrain"],
+            "data": {
+                "dataset": "beir",
+                "path": str(data),
+                "max_passages": size.passages,
+                "max_queries": {"train": size.train_queries, "dev": 300, "test": size.test_queries},
+            },
+            "prepare": {"max_passage_tokens": size.passage_tokens, "max_query_tokens": size.query_tokens},
+            "model": {"start": START, "pooling": "mean"},
+            "mining": {"depth": 100, "num_negatives": 50},
+            "retriever1": retriever,
+            "retriever2": retriever,
+            "reranker": {
+                "queries_per_step": size.reranker_queries,
+                "group_size": size.reranker_group,
+                "max_pair_tokens": size.passage_tokens + size.query_tokens,
+                "train_hardest": size.reranker_group,
+                "rdrop_weight": 0.0,
+                "dropout": 0.0,
+                "dev": {"num_queries": 100},
+                "dev_depth": 10,
+                "training": {"learning_rate": size.reranker_rate, "max_steps": size.reranker_steps},
+            },
+            "teacher": {"splits": ["train"], "depth": 8, "max_pair_tokens": size.passage_tokens + size.query_tokens},
+            "distilled": {**retriever},
+            "search": {"depth": 100},
+        }
+    )
+
+
+def run_ours(size: Size, folder: Path) -> None:
+    from simlm.pipeline import run_recipe
+
+    tuned()
+    run_recipe(recipe_of(size, folder), only=[f"{name}_run" for name in ("bm25", *STAGES)])
+
+
+def tuned() -> None:
+    """The allocator as simlm's command line sets it, for every part: quality is compared here, not speed."""
+    from simlm.runtime import tune_allocator
+
+    tune_allocator()
+
+
+# --- theirs
+
+
+def texts_of(size: Size, folder: Path) -> tuple[Any, list[str], list[str]]:
+    """(store, texts of its passages with their titles before them, its training queries)."""
+    from simlm.data.store import Store
+
+    store = Store(folder / "ours" / "store")
+    passages = [f"{store.passages.title(row)} {store.passages.text(row)}".strip() for row in range(len(store.passages))]
+    queries = [store.queries("train").text(row) for row in range(len(store.queries("train")))]
+    return store, passages, queries
+
+
+def starting_model(size: Size) -> Any:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
+    from simlm.models.backbone import resolve_model
+
+    transformer = Transformer(
+        resolve_model(START),
+        query_length=size.query_tokens,
+        document_length=size.passage_tokens,
+        max_seq_length=size.passage_tokens,
+    )
+    return SentenceTransformer(modules=[transformer, Pooling(384, "mean"), Normalize()], device="cpu")
+
+
+def mine(size: Size, folder: Path) -> None:
+    """Their own miner over the same passages, with the starting model."""
+    from datasets import Dataset
+    from sentence_transformers.util import mine_hard_negatives
+
+    tuned()
+    store, passages, queries = texts_of(size, folder)
+    pairs = [(query, row) for query, grades in sorted(store.qrels("train").items()) for row, grade in sorted(grades.items()) if grade > 0]
+    dataset = Dataset.from_dict({"anchor": [queries[query] for query, _ in pairs], "positive": [passages[row] for _, row in pairs]})
+    negatives = max(size.group_size, size.reranker_group) - 1
+    mined = mine_hard_negatives(
+        dataset,
+        starting_model(size),
+        corpus=passages,
+        relative_margin=0.05,
+        num_negatives=negatives,
+        sampling_strategy="top",
+        output_format="n-tuple",
+        use_faiss=True,
+        verbose=False,
+    )
+    rows = [[row[name] for name in ("anchor", "positive", *(f"negative_{n}" for n in range(1, negatives + 1)))] for row in mined]
+    (folder / "negatives.json").write_text(json.dumps(rows), encoding="utf-8")
+
+
+def train_teacher(size: Size, folder: Path) -> None:
+    """Both cross-encoders (documented rate, our rate), and their raw scores for the groups."""
+    import torch
+    from datasets import Dataset
+    from sentence_transformers import CrossEncoder
+    from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
+    from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
+
+    from simlm.models.backbone import resolve_model
+
+    tuned()
+    rows = json.loads((folder / "negatives.json").read_text(encoding="utf-8"))
+    for name, rate in (("distilled_theirs", DOCUMENTED_RATE), ("distilled_our_rates", size.reranker_rate)):
+        torch.manual_seed(size.seed)
+        model = CrossEncoder(resolve_model(START), num_labels=1, max_length=size.passage_tokens + size.query_tokens, device="cpu")
+        pairs = [(row[0], text, float(place == 0)) for row in rows for place, text in enumerate(row[1 : size.reranker_group + 1])]
+        dataset = Dataset.from_dict({"query": [p[0] for p in pairs], "passage": [p[1] for p in pairs], "label": [p[2] for p in pairs]})
+        arguments = CrossEncoderTrainingArguments(
+            output_dir=str(folder / f"teacher-{name}"),
+            per_device_train_batch_size=size.reranker_queries * size.reranker_group,
+            max_steps=size.reranker_steps,
+            learning_rate=rate,
+            warmup_steps=0.1,
+            save_strategy="no",
+            report_to="none",
+            seed=size.seed,
+            use_cpu=True,
+        )
+        loss = BinaryCrossEntropyLoss(model, pos_weight=torch.tensor(float(size.reranker_group - 1)))
+        CrossEncoderTrainer(model=model, args=arguments, train_dataset=dataset, loss=loss).train()
+        wanted = [(row[0], text) for row in rows for text in row[1 : size.group_size + 1]]
+        scores = model.predict(wanted, activation_fn=torch.nn.Identity(), batch_size=64).reshape(len(rows), size.group_size)
+        (folder / f"scores-{name}.json").write_text(json.dumps(scores.tolist()), encoding="utf-8")
+
+
+def train_peer(part: str, size: Size, folder: Path) -> None:
+    """Train a retriever of theirs and keep its values for each test query."""
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers.sentence_transformer.losses import DistillKLDivLoss, MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.training_args import BatchSamplers
+
+    tuned()
+    rows = json.loads((folder / "negatives.json").read_text(encoding="utf-8"))
+    columns: dict[str, Any] = {
+        name: [row[place] for row in rows]
+        for place, name in enumerate(["anchor", "positive", *(f"negative_{n}" for n in range(1, size.group_size))])
+    }
+    model = starting_model(size)
+    if part.startswith("distilled"):
+        columns["label"] = json.loads((folder / f"scores-{part}.json").read_text(encoding="utf-8"))
+        loss: Any = DistillKLDivLoss(model)
+    else:
+        loss = MultipleNegativesRankingLoss(model)
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(folder / f"trained-{part}"),
+        per_device_train_batch_size=size.queries,
+        max_steps=size.steps,
+        learning_rate=DOCUMENTED_RATE if part in ("mnrl", "distilled_theirs") else size.learning_rate,
+        warmup_steps=0.1,
+        batch_sampler=BatchSamplers.NO_DUPLICATES,
+        save_strategy="no",
+        report_to="none",
+        seed=size.seed,
+        use_cpu=True,
+    )
+    SentenceTransformerTrainer(model=model, args=arguments, train_dataset=Dataset.from_dict(columns), loss=loss).train()
+    measure_peer(part, model, size, folder)
+
+
+def measure_peer(part: str, model: Any, size: Size, folder: Path) -> None:
+    """Exact search with their model over the same passages, measured as ours is."""
+    import numpy as np
+
+    from simlm.evaluation.measures import evaluate_queries, ranked_passages
+    from simlm.rankings import Run
+
+    store, passages, _ = texts_of(size, folder)
+    questions = [store.queries("test").text(row) for row in range(len(store.queries("test")))]
+    passages_ND = model.encode_document(passages, batch_size=32)
+    queries_QD = model.encode_query(questions, batch_size=32)
+    scores_QN = queries_QD @ passages_ND.T
+    rows_QK = np.argsort(-scores_QN, axis=1, kind="stable")[:, :100]
+    run = Run.from_matrix("test", np.arange(len(questions)), rows_QK, np.take_along_axis(scores_QN, rows_QK, axis=1))
+    measured = evaluate_queries(ranked_passages(run), store.qrels("test"), MEASURES)
+    keep(folder / f"values-{part}.json", measured)
+
+
+def keep(file: Path, measured: Any) -> None:
+    values = {name: dict(zip(map(int, measured.query_ids), map(float, of), strict=True)) for name, of in measured.values.items()}
+    file.write_text(json.dumps(values), encoding="utf-8")
+
+
+# --- the comparison
+
+
+def report(size: Size, folder: Path) -> dict[str, Any]:
+    """The table of one data set, and its figures."""
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+
+    from simlm.data.store import Store
+    from simlm.evaluation.measures import evaluate_queries, ranked_passages
+    from simlm.evaluation.significance import p_value
+    from simlm.rankings import Run
+
+    store = Store(folder / "ours" / "store")
+    systems: dict[str, dict[str, dict[int, float]]] = {}
+    for key in ("bm25", *STAGES):
+        run = Run.load(folder / "ours" / f"{key}_run", "test")
+        measured = evaluate_queries(ranked_passages(run), store.qrels("test"), MEASURES)
+        systems[key] = {name: dict(zip(measured.query_ids, of, strict=True)) for name, of in measured.values.items()}
+    for key in PEERS:
+        file = folder / f"values-{key}.json"
+        if file.exists():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            systems[key] = {name: {int(query): value for query, value in of.items()} for name, of in found.items()}
+    queries = sorted(systems["distilled"]["RR@10"])
+
+    def values(key: str, measure: str) -> Any:
+        return np.array([systems[key][measure][query] for query in queries])
+
+    def p(key: str, other: str, measure: str) -> float | None:
+        return p_value(values(key, measure), values(other, measure), seed=size.seed)
+
+    names = {"bm25": "BM25", **STAGES, **PEERS}
+    table = Table(
+        title=f"{size.dataset}: {len(queries):,} test queries, {len(store.passages):,} passages, {size.steps} steps of {size.queries} x "
+        f"{size.group_size}, seed {size.seed}",
+        title_justify="left",
+    )
+    for column in ("", *MEASURES, "ours, distilled: RR@10", "p", "nDCG@10", "p"):
+        table.add_column(column, justify="right" if column else "left")
+    figures: dict[str, Any] = {"num_queries": len(queries), "seed": size.seed, "systems": {}, "distilled_against": {}}
+    for key, found in systems.items():
+        cells = [f"{np.mean(list(found[measure].values())):.3f}" for measure in MEASURES]
+        figures["systems"][key] = {measure: round(float(values(key, measure).mean()), 4) for measure in MEASURES}
+        if key != "distilled":
+            against = {}
+            for measure in ("RR@10", "nDCG@10"):
+                difference, chance = float((values("distilled", measure) - values(key, measure)).mean()), p("distilled", key, measure)
+                against[measure] = {"difference": round(difference, 4), "p": chance}
+                cells += [f"{difference:+.3f}", "" if chance is None else f"{chance:.4f}"]
+            figures["distilled_against"][key] = against
+        table.add_row(names[key], *cells)
+    figures["retriever2_above_retriever1"] = round(float((values("retriever2", "RR@10") - values("retriever1", "RR@10")).mean()), 4)
+    figures["p_retriever2_retriever1"] = p("retriever2", "retriever1", "RR@10")
+    Console(width=160).print(table)
+    return figures
+
+
+if __name__ == "__main__":
+    main()
