@@ -234,6 +234,66 @@ def report(folder: RunArgument) -> None:
     _print_report(folder)
 
 
+@app.command("negative-report")
+def negative_report(
+    run_or_recipe: Annotated[Path, typer.Argument(metavar="RUN|RECIPE", help="The folder of a run, or its recipe.")],
+    step: Annotated[list[str] | None, typer.Option("--step", help="Only these groups, such as bm25_groups; may be repeated.")] = None,
+) -> None:
+    """Say what a run's mined negatives are like: how hard, which may be relevant, which come again; as a table, JSON and a page."""
+    from rich.console import Console
+
+    from simlm.evaluation.report.negatives import conclusions, terminal_tables
+    from simlm.negative_report import negative_reports
+
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    for found in negative_reports(run_or_recipe, step):
+        console.print(f"\n{found.content['name']}", style="bold", markup=False)
+        for table in terminal_tables(found.content):
+            console.print(table)
+        for verdict in conclusions(found.content):
+            console.print(verdict)
+        console.print(f"page: {found.path}.html  (also .json)", markup=False, soft_wrap=True)
+
+
+@app.command("teacher-scores")
+def teacher_scores(
+    folder: RunArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a teacher and line.")] = False,
+) -> None:
+    """Show what the cross-encoders of a run have scored: pairs, bytes, and how the raw logits are spread."""
+    from simlm.artifacts import read_manifest
+    from simlm.data.teacher_scores import teachers_of
+
+    if not folder.is_dir():
+        raise SimlmError(f"{folder}: no such folder; give runs/NAME, made by `simlm run`")
+    store = read_manifest(folder / "store", "store").fingerprint if (folder / "store").is_dir() else None
+    shares = [0.0, 0.05, 0.5, 0.95, 1.0]
+    found = [
+        {
+            "teacher": scores.teacher.name,
+            "key": scores.folder.name,
+            "of_this_store": scores.teacher.store == store,
+            "precision": scores.teacher.precision,
+            "max_pair_tokens": scores.teacher.max_pair_tokens,
+            "own_tokenizer": bool(scores.teacher.tokenizer),
+            "queries": scores.num_queries(),
+            "pairs": len(scores),
+            "bytes": scores.num_bytes,
+            "segments": scores.num_segments,
+            "damaged": scores.dropped,
+            "quantiles": dict(zip(("least", "5%", "median", "95%", "most"), scores.quantiles(shares), strict=False)),
+        }
+        for scores in teachers_of(folder / "pair_scores")
+    ]
+    if as_json:
+        import json
+
+        for row in found:
+            typer.echo(json.dumps(row, ensure_ascii=False))
+        return
+    _print_teachers(folder, found)
+
+
 def _stage_command(
     stage: str, recipe: Path, changes: list[str] | None, names: list[str] | None, start_over: list[str] | None = None
 ) -> None:
@@ -269,6 +329,8 @@ def _add_stage(stage: str, description: str) -> None:
 
 for _stage, _description in {
     "prepare": "Tokenise corpus and queries into the store",
+    "make_queries": "Make queries from the passages, where there are no labels",
+    "filter_queries": "Keep the made queries that find their passage",
     "train_generator": "Train or take over the generator for replaced LM",
     "pretrain": "Pre-train the encoder with the representation bottleneck",
     "train_retriever": "Train the retrievers on hard negatives",
@@ -279,7 +341,8 @@ for _stage, _description in {
     "select_run": "Choose the run to re-rank on the dev queries",
     "train_reranker": "Train the cross-encoder",
     "rerank": "Re-rank runs, and score training groups for distillation",
-    "distill": "Distil the re-ranker into a retriever",
+    "score_groups": "Score training groups with BM25 and a dense retriever together",
+    "distill": "Distil the teachers into a retriever",
 }.items():
     _add_stage(_stage, _description)
 
@@ -301,6 +364,31 @@ def _print_report(folder: Path) -> None:
     for verdict in verdicts(metrics):
         console.print(verdict)
     console.print(f"report: {path / 'report.html'}  (also report.md, metrics.json)")
+
+
+def _print_teachers(folder: Path, rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(f"{folder / 'pair_scores'}: raw logits by teacher"), title_justify="left")
+    for column in ("teacher", "key", "precision", "tokens", "queries"):
+        table.add_column(column, overflow="fold")
+    for column in ("pairs", "size", "least", "5%", "median", "95%", "most"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        queries = ", ".join(f"{split} {count:,}" for split, count in row["queries"].items()) or "none"
+        spread = [f"{value:.2f}" for value in row["quantiles"].values()] or [""] * 5
+        name = escape(row["teacher"]) + ("" if row["of_this_store"] else " (of another store)")
+        tokens = str(row["max_pair_tokens"]) + (", own" if row["own_tokenizer"] else "")
+        table.add_row(name, row["key"][:8], row["precision"], tokens, queries, f"{row['pairs']:,}", _bytes(row["bytes"]), *spread)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    for row in rows:
+        for damaged in row["damaged"]:
+            console.print(f"damaged, its pairs will be scored again: {row['key']}/{damaged}", markup=False)
+    if not all(row["of_this_store"] for row in rows):
+        console.print("Scores of another store are not used by this run's steps; their folders may be deleted.")
 
 
 def _print_grid(grid: Any, only: list[str] | None) -> None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from simlm.artifacts import disk_error, hardware_facts, json_digest, library_versions, open_artifact, read_manifest, sweep, write_json
 from simlm.errors import ArtifactError, DataError, DiskError, RecipeError, SimlmError, TrainingError, nearest
-from simlm.pipeline import Plan, Step, held_folder, make_plan, retriever1_steps, run_folder, run_step
+from simlm.pipeline import Plan, Step, held_folder, make_plan, retriever1_steps, run_folder, run_step, store_splits
 from simlm.progress import Progress
 from simlm.recipe import GeneratorSettings, PretrainSettings, Recipe, load_recipe
 from simlm.runtime import Ranks, join_processes
@@ -43,6 +43,8 @@ COMPARISON = "comparison.json"
 
 # The parts of a chain that a row does not change, made in the recipe's own place even if the recipe was never run.
 _SHARED = ("store", "bm25", "bm25_train_run", "bm25_groups", "generator")
+# The same, where the mining of retriever 1 mixes runs or has a teacher.
+_SHARED_BY_MINING = ("start_embeddings", "start_index", "start_train_run", "bm25_candidates", "bm25_candidate_scores")
 # What nobody needs once a cell is measured.
 _DROPPED = ("retriever1_run", "retriever1_index", "retriever1_embeddings")
 _MODELS = ("retriever1", "pretrained")
@@ -191,10 +193,8 @@ def make_grid(recipe: Recipe) -> Grid:
     Raises DataError without training queries, without queries to measure on or without the mismatched corpus, RecipeError where the recipe
     leaves nothing to compare.
     """
-    from simlm.data.datasets import find_splits
-
     base = make_plan(recipe)
-    found = find_splits(recipe.data)
+    found = store_splits(recipe)
     splits: list[Split] = [split for split in ("dev", "test") if split in found]
     if "train" not in found:
         raise DataError(
@@ -365,7 +365,7 @@ def _place(step: Step, base: Plan) -> str:
     """Folder of a step inside the run's."""
     for own in base.steps:
         # Never in the place of a training of the recipe that is not there: `simlm run` may have begun it under other settings.
-        if own.fingerprint == step.fingerprint and (own.name in _SHARED or base.state(own)[0] == "done"):
+        if own.fingerprint == step.fingerprint and (own.name in _SHARED + _SHARED_BY_MINING or base.state(own)[0] == "done"):
             return own.name
     return f"{FOLDER}/{STEPS}/{step.name}-{step.fingerprint[:12]}"
 
@@ -693,9 +693,13 @@ def _drop(plan: Plan, names: Iterable[str]) -> None:
         place = _named(plan, name).name
         if not place.startswith(f"{FOLDER}/{STEPS}/"):
             continue  # the recipe's own
-        for folder in (plan.path(place), plan.path(place).with_name(f".{plan.path(place).name}.work")):
+        path = plan.path(place)
+        cache = path.parent / "embedding_cache"
+        for folder in (path, path.with_name(f".{path.name}.work"), cache / path.name):
             if folder.exists():
                 shutil.rmtree(folder)
+        if cache.is_dir() and not any(cache.iterdir()):
+            cache.rmdir()
 
 
 # The results

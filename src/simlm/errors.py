@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Iterable
 
 
@@ -38,11 +39,21 @@ class DiskError(SimlmError):
     """There is not enough disk space, or a folder cannot be written."""
 
 
+class EndpointError(SimlmError):
+    """A language model's endpoint cannot be reached, or does not answer as it should."""
+
+
 class MissingExtraError(SimlmError):
     """An optional library is absent; the message names the extra that installs it."""
 
     def __init__(self, library: str, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs the library {library!r}, which is not installed; run: pip install 'simlm[{extra}]'")
+
+
+def require_extra(library: str, extra: str, purpose: str) -> None:
+    """MissingExtraError unless an optional library is installed; nothing is imported."""
+    if importlib.util.find_spec(library) is None:
+        raise MissingExtraError(library, extra, purpose)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -16,11 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from simlm.errors import SimlmError
 from simlm.recipe import (
+    ENDPOINT_QUERY_KINDS,
     EncodeSettings,
     GeneratorSettings,
+    HybridTeacherSettings,
     IndexSettings,
     ModelSettings,
+    OutsideRerankSettings,
     PretrainSettings,
+    PseudoQuerySettings,
     RerankerSettings,
     RerankSettings,
     RetrieverSettings,
@@ -35,7 +39,7 @@ if TYPE_CHECKING:
 # Whole training and encoding steps at 6 x 384 on two cores, against numpy's fp32 matrix products in the same hour: 0.9 to 1.2 times their
 # rate in fp32, 2.5 to 3.8 times in bf16.
 EFFICIENCY = 0.8
-BF16_GAIN = 2.5
+BF16_GAIN, INT8_GAIN = 2.5, 1.5
 PROCESS_BYTES = 900 * 2**20
 """Resident set of a process with torch, transformers and a small model loaded (measured)."""
 
@@ -83,13 +87,24 @@ class Shape:
 def estimate_step(plan: Plan, step: Step) -> Estimate:
     """Time, memory and disk of one step."""
     sizes = _sizes(plan)
-    shape = model_shape(step.settings.model if hasattr(step.settings, "model") else plan.recipe.model, plan)
+    shape = model_shape(_model_of(step, plan), plan)
     settings = step.settings
     weights = 4.0 * shape.parameters
     rate = matmul_flops_per_second() * EFFICIENCY
     if step.stage == "prepare":
         tokens = sizes.num_passages * sizes.passage_tokens
         return Estimate(3 + tokens / 400_000, PROCESS_BYTES, tokens * 12)
+    if isinstance(settings, PseudoQuerySettings):
+        # About a millisecond a query on one core, and half a second for an answer of a language model.
+        asked = sum(settings.kinds.get(kind, 0.0) for kind in ENDPOINT_QUERY_KINDS) / sum(settings.kinds.values())
+        seconds = settings.num_queries * (1e-3 + 0.5 * asked / (settings.endpoint.max_parallel if settings.endpoint else 1))
+        return Estimate(5 + seconds + sizes.num_passages / 200_000, PROCESS_BYTES, settings.num_queries * 400)
+    if isinstance(settings, HybridTeacherSettings):
+        taught = sizes.num_queries.get("train", 0)
+        flops = shape.forward_flops(taught * sizes.query_tokens, sizes.query_tokens)
+        return Estimate(3 + taught / 600 + flops / rate, PROCESS_BYTES + weights, taught * settings.depth * 13)
+    if step.stage == "filter_queries":
+        return Estimate(2 + sizes.num_queries.get("train", 0) / 10_000, PROCESS_BYTES, sizes.num_queries.get("train", 0) * 400)
     if step.stage in ("select_run", "fuse", "mine_negatives", "evaluate"):
         queries = max(sizes.num_queries.values(), default=0)
         return Estimate(2 + queries * 2e-3, PROCESS_BYTES + queries * 50_000, queries * 12_000)
@@ -102,7 +117,8 @@ def estimate_step(plan: Plan, step: Step) -> Estimate:
         flops = shape.forward_flops(queries * sizes.query_tokens, sizes.query_tokens) + 2.0 * queries * sizes.num_passages * shape.hidden
         seconds = 3 + queries / 600 if step.inputs["index"] == "bm25" else 3 + flops / rate
         depth = min(settings.depth, sizes.num_passages)
-        return Estimate(seconds, PROCESS_BYTES + sizes.num_passages * 4 * shape.hidden, queries * depth * 13)
+        resident = PROCESS_BYTES + settings.memory_budget * 2**20 + sizes.num_passages * 4 * shape.hidden
+        return Estimate(seconds, resident, queries * depth * 13)
     if isinstance(settings, EncodeSettings):
         tokens = sizes.num_passages * sizes.passage_tokens
         width = 2 if settings.storage == "fp16" else 4
@@ -110,18 +126,28 @@ def estimate_step(plan: Plan, step: Step) -> Estimate:
         return Estimate(
             3 + shape.forward_flops(tokens, sizes.passage_tokens) / (rate * _gain(settings.precision)),
             PROCESS_BYTES + weights + activations,
-            sizes.num_passages * shape.hidden * width * 2.1,
+            # With the cache the vectors of the model before stay on the disk, and a passage's key takes 24 bytes.
+            sizes.num_passages * (shape.hidden * width * (2.1 if settings.cache else 1.1) + (24 if settings.cache else 0)),
         )
     if isinstance(settings, RerankSettings):
         queries = (
             sizes.num_queries.get("train", 0) if "groups" in step.inputs else sum(sizes.num_queries.get(s, 0) for s in settings.splits)
         )
         length = min(settings.max_pair_tokens, sizes.passage_tokens + sizes.query_tokens)
-        tokens = queries * min(settings.depth, sizes.num_passages) * length
-        flops = shape.forward_flops(tokens, length)
+        pair_tokens = queries * min(settings.depth, sizes.num_passages) * length
+        flops = shape.forward_flops(pair_tokens, length)
         memory = PROCESS_BYTES + weights + settings.batch_tokens * shape.hidden * 60
-        return Estimate(3 + flops / (rate * _gain(settings.precision)), memory, queries * settings.depth * 13)
+        # A pair takes 12 bytes in the run and 12 in pair_scores/.
+        return Estimate(3 + flops / (rate * _gain(settings.precision)), memory, queries * settings.depth * 25)
     return _estimate_training(step, sizes, shape, rate)
+
+
+def _model_of(step: Step, plan: Plan) -> ModelSettings:
+    """What the step trains or computes with, as far as its settings say; else the recipe's model."""
+    if isinstance(step.settings, OutsideRerankSettings):
+        return ModelSettings(start=step.settings.checkpoint)
+    model: ModelSettings = getattr(step.settings, "model", plan.recipe.model)
+    return model
 
 
 def _estimate_training(step: Step, sizes: Sizes, shape: Shape, rate: float) -> Estimate:
@@ -239,7 +265,9 @@ def has_bf16() -> bool:
 
 
 def _gain(precision: str) -> float:
-    return BF16_GAIN if precision == "bf16" or (precision == "auto" and has_bf16()) else 1.0
+    if precision == "bf16" or (precision in ("auto", "fast") and has_bf16()):
+        return BF16_GAIN
+    return INT8_GAIN if precision in ("int8", "fast") else 1.0
 
 
 def _sizes(plan: Plan) -> Sizes:
@@ -249,6 +277,10 @@ def _sizes(plan: Plan) -> Sizes:
     from simlm.data.datasets import guess_sizes
 
     num_passages, num_queries = guess_sizes(plan.recipe.data)
+    if (pseudo := plan.recipe.pseudo_queries) is not None:
+        made = min(pseudo.num_queries, num_passages * pseudo.queries_per_passage * len(pseudo.kinds))
+        dev = round(made * pseudo.dev_fraction)
+        num_queries = {"train": made - dev, "dev": dev, **{split: count for split, count in num_queries.items() if split == "test"}}
     tokens = min(plan.recipe.prepare.max_passage_tokens, 110.0)
     return Sizes(
         num_passages,

@@ -33,9 +33,24 @@ from simlm.artifacts import (
     sweep,
     write_json,
 )
-from simlm.errors import ArtifactError, DataError, DiskError, RecipeError, SimlmError, nearest
+from simlm.errors import ArtifactError, DataError, DiskError, RecipeError, SimlmError, nearest, require_extra
 from simlm.progress import Progress
-from simlm.recipe import DataSettings, ModelSettings, Recipe, expand_path, load_recipe
+from simlm.recipe import (
+    ConsistencySettings,
+    DataSettings,
+    FuseSettings,
+    HybridTeacherSettings,
+    MiningPart,
+    MiningSettings,
+    ModelSettings,
+    OutsideRerankSettings,
+    Recipe,
+    RerankerSettings,
+    RerankSettings,
+    expand_path,
+    initialisation_name,
+    load_recipe,
+)
 from simlm.runtime import Ranks, join_processes, release_memory
 from simlm.stages import STAGES, Context
 from simlm.types import Split
@@ -175,6 +190,11 @@ def retriever1_steps(recipe: Recipe, *, seed: int, splits: list[Split], pretrain
     if cache != before and folder.is_dir():
         write_json(folder / DIGESTS, cache)
     return tuple(planner.steps)
+
+
+def store_splits(recipe: Recipe) -> list[Split]:
+    """Splits of the store that training reads, with the pseudo queries' where the recipe makes them."""
+    return _Planner(recipe, {}).find_splits()
 
 
 def run_folder(recipe: Recipe) -> Path:
@@ -425,6 +445,30 @@ def _shown(values: dict[str, Any], key: str) -> str:
     return json.dumps(values[key], ensure_ascii=False) if key in values else "(not set)"
 
 
+def _compared(initial: str) -> str:
+    """The step, and the row of the report, of a re-ranker that is there to be compared."""
+    return f"reranker_from_{initialisation_name(initial)}"
+
+
+def _check_outside_reranker(checkpoint: str) -> None:
+    """RecipeError if a checkpoint on this machine cannot score pairs: found here, not hours later; one of a hub is checked by its step."""
+    path = expand_path(checkpoint)
+    if not path.is_dir():
+        if path.is_absolute() or checkpoint.startswith((".", "~", "$")) or checkpoint.count("/") > 1:
+            raise RecipeError(f"{checkpoint}: no such folder; give the folder or hub id of a finished cross-encoder")
+        return
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise RecipeError(f"{checkpoint}: no readable config.json here, so this is no checkpoint; give a finished cross-encoder") from None
+    if not any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or []):
+        raise RecipeError(f"{checkpoint}: an encoder without a head that scores pairs; give a finished cross-encoder")
+    # Without names of labels transformers counts two.
+    labels = len(config.get("id2label") or {}) or int(config.get("num_labels", 2))
+    if labels != 1:
+        raise RecipeError(f"{checkpoint}: a classifier of {labels} labels, a teacher has 1; give a cross-encoder trained to score pairs")
+
+
 class _Planner:
     """Builds the steps of the SimLM pipeline; one method a part, in the order of the paper's figure 2."""
 
@@ -434,19 +478,20 @@ class _Planner:
         self.steps: list[Step] = []
         self.notes: list[str] = []
         self.splits: list[Split] = []
+        self.corpus = "store"
+        """The step that prepares the passages: of the store that training reads, or of the one that its queries are made from."""
         self.seeds: dict[str, int] = {}
         """Stage -> seed, where it is not the recipe's."""
 
     def build(self) -> None:
         self._check_names()
         recipe, skip = self.recipe, {str(part) for part in self.recipe.skip}
-        self.splits = self._find_splits()
+        self.splits = self.find_splits()
         searched: list[Split] = [split for split in ("dev", "test") if split in self.splits]
-        self._prepare()
+        self._store()
         runs: dict[str, str] = {}
         has_train = "train" in self.splits
 
-        self._add("bm25", "build_index", recipe.bm25, {"store": "store"})
         if searched:
             runs["bm25"] = self._search("bm25_run", "bm25", None, searched)
         if "start" not in skip and recipe.model.start != "scratch":
@@ -455,12 +500,13 @@ class _Planner:
         groups = ""
         if has_train:
             # Before pre-training: what is wrong with queries and judgements shows here, not after days.
-            groups = self._mine("bm25", self._search("bm25_train_run", "bm25", None, ["train"], depth=recipe.mining.depth))
+            groups = self._mine("retriever1", "bm25", "bm25")
         pretrained = "" if "pretrain" in skip else self._pretrain()
         if not has_train:
             self.notes.append(
                 "the data set has no training queries: no retriever or re-ranker is trained. "
-                "BM25, pre-training and the indexes work; add queries and qrels for `train`, then run the same command again"
+                "BM25, pre-training and the indexes work; add queries and qrels for `train`, or a section [pseudo_queries] to make queries "
+                "from the passages, then run the same command again"
             )
             if pretrained:
                 self._dense("pretrained_encoder", pretrained, [], runs)
@@ -472,20 +518,19 @@ class _Planner:
 
     def build_retriever1(self, splits: list[Split], pretrain_on: DataSettings | None) -> None:
         """The steps of `retriever1_steps`."""
-        self._prepare()
-        self._add("bm25", "build_index", self.recipe.bm25, {"store": "store"})
-        groups = self._mine("bm25", self._search("bm25_train_run", "bm25", None, ["train"], depth=self.recipe.mining.depth))
+        self._store()
+        groups = self._mine("retriever1", "bm25", "bm25")
         store = "store" if pretrain_on is None else self._other_store(pretrain_on)
         pretrained = self._pretrain(store)
-        self._retriever("retriever1", self.recipe.retriever1, groups, pretrained)
+        self._retriever("retriever1", self.recipe.retriever1, groups, pretrained, **self._scores_for("retriever1", groups))
         self._dense("retriever1", "retriever1", splits, {})
 
     def _other_store(self, data: DataSettings) -> str:
         """A corpus other than the recipe's, with the tokenizer of the recipe's store."""
         from simlm.data.datasets import signature
 
-        (store,) = (step for step in self.steps if step.name == "store")
-        tokenizer = run_folder(self.recipe).resolve() / "store" / "tokenizer"
+        (store,) = (step for step in self.steps if step.name == self.corpus)
+        tokenizer = run_folder(self.recipe).resolve() / self.corpus / "tokenizer"
         settings = store.settings.model_copy(update={"data": data, "tokenizer": "", "train_vocabulary": None})
         outside = {"data": json_digest(signature(data, self.digests)), "tokenizer": store.fingerprint}
         self._add("other_store", "prepare", settings, {}, outside)
@@ -495,21 +540,28 @@ class _Planner:
 
     def _supervised(self, groups: str, pretrained: str, searched: list[Split], runs: dict[str, str], skip: set[str]) -> None:
         recipe = self.recipe
-        self._retriever("retriever1", recipe.retriever1, groups, pretrained)
+        self._retriever("retriever1", recipe.retriever1, groups, pretrained, **self._scores_for("retriever1", groups))
         dense = self._dense("retriever1", "retriever1", searched, runs)
         best = "retriever1"
         if "retriever2" not in skip:
-            groups = self._mine("retriever1", self._search_train("retriever1", dense))
-            self._retriever("retriever2", recipe.retriever2, groups, pretrained)
-            dense = self._dense("retriever2", "retriever2", searched, runs)
-            best = "retriever2"
+            for number in range(1, recipe.rounds + 1):
+                groups = self._mine("retriever2", best, dense)
+                best = "retriever2" if number == 1 else f"retriever2_round{number}"
+                self._retriever(best, recipe.retriever2, groups, pretrained, **self._scores_for("retriever2", groups))
+                dense = self._dense(best, best, searched, runs)
         teacher = ""
+        if "reranker" not in skip or recipe.teacher.extra or recipe.hybrid_teacher:
+            groups = self._mine("reranker", best, dense)
         if "reranker" not in skip:
-            groups = self._mine(best, self._search_train(best, dense))
             teacher = self._reranker(groups, runs.get(best, ""), pretrained)
-        if teacher and "distilled" not in skip:
-            self._add("teacher_scores", "rerank", self._pairs(recipe.teacher), {"store": "store", "model": teacher, "groups": groups})
-            self._distill(groups, pretrained)
+        hybrid = recipe.hybrid_teacher
+        teachers = [] if "distilled" in skip or (hybrid and hybrid.alone) else self._teachers(groups, teacher)
+        if hybrid is not None:
+            teachers.append(self._hybrid_teacher(hybrid, groups, best))
+        if teachers:
+            if recipe.distilled_mining.model_fields_set:
+                groups = self._mine_scored(best, dense, teacher)
+            self._distill(groups, pretrained, teachers)
             self._dense("distilled", "distilled", searched, runs)
             best = "distilled"
         if searched and "hybrid" not in skip:
@@ -519,7 +571,7 @@ class _Planner:
             self._rerank_best(runs, teacher)
 
     def _check_names(self) -> None:
-        """Names that only a late step looks up, checked before any work: measures and options of the index."""
+        """What only a late step looks up, checked before any work: measures, options of the index, an optional library."""
         from simlm.evaluation.measures import parse_measure
         from simlm.index import check_options
 
@@ -528,13 +580,63 @@ class _Planner:
                 parse_measure(name)
         check_options(self.recipe.index.type, self.recipe.index.options)
         check_options(self.recipe.bm25.type, self.recipe.bm25.options)
+        for name in Recipe.model_fields:
+            if getattr(getattr(self.recipe, name), "lora", None) is not None and name not in self.recipe.skip:
+                require_extra("peft", "lora", f"[{name}] lora")
         if self.recipe.bm25.type != "bm25":
             raise RecipeError(f'bm25.type is {self.recipe.bm25.type!r}; the baseline is always "bm25", vector indexes are set in [index]')
 
-    def _find_splits(self) -> list[Split]:
+    def find_splits(self) -> list[Split]:
         from simlm.data.datasets import find_splits
 
-        return find_splits(self.recipe.data)
+        found = find_splits(self._data())
+        pseudo = self.recipe.pseudo_queries
+        if pseudo is None:
+            return found
+        made: list[Split] = ["train", "dev"] if pseudo.dev_fraction else ["train"]
+        return [*made, *found]
+
+    def _data(self) -> DataSettings:
+        """[data]; where queries are made, without the training and dev queries that the data set may have."""
+        data = self.recipe.data
+        if self.recipe.pseudo_queries is None:
+            return data
+        return data.model_copy(update={"splits": ["test"] if data.splits is None else data.splits})
+
+    def _store(self) -> None:
+        """The store that training reads, and BM25 over its passages; where queries are made, from the store of the corpus alone."""
+        pseudo = self.recipe.pseudo_queries
+        self.corpus = "store" if pseudo is None else "corpus"
+        self._prepare()
+        self._add("bm25", "build_index", self.recipe.bm25, {"store": self.corpus})
+        if pseudo is not None:
+            self._add("pseudo_queries", "make_queries", pseudo, {"store": self.corpus, "index": "bm25"})
+            self._filter(self.recipe.consistency, ["train", "dev"] if pseudo.dev_fraction else ["train"])
+
+    def _filter(self, settings: ConsistencySettings, splits: list[Split]) -> None:
+        """Search the pseudo queries as the consistency filter wants it, and keep those that find their passage."""
+        inputs = {"store": "pseudo_queries"}
+        by_words = settings.by in ("bm25", "hybrid", "reranker") or settings.trivial_share < 1
+        if by_words:
+            self._search_pseudo("bm25", "bm25", splits)
+        if settings.by in ("start", "hybrid"):
+            self._dense("start", None, [], {})
+            self._search_pseudo("start", "start_index", splits)
+        if settings.by == "hybrid":
+            equal = FuseSettings(method="score", dense_weight=0.5, depth=settings.depth)
+            parts = {"dense": "pseudo_start_run", "bm25": "pseudo_bm25_run"}
+            self._add("pseudo_hybrid_run", "fuse", equal, inputs | parts)
+        if settings.reranker is not None:
+            scoring = self._teacher_scoring().model_copy(update={"depth": settings.depth, "splits": splits})
+            self._rerank_outside("pseudo_reranker_run", scoring, settings.reranker, store="pseudo_queries", run="pseudo_bm25_run")
+        if settings.by != "none":
+            inputs["run"] = f"pseudo_{settings.by}_run"
+        if settings.trivial_share < 1:
+            inputs["bm25"] = "pseudo_bm25_run"
+        self._add("store", "filter_queries", settings, inputs)
+
+    def _search_pseudo(self, name: str, index: str, splits: list[Split]) -> None:
+        self._search(f"pseudo_{name}_run", index, None, splits, depth=self.recipe.consistency.depth, store="pseudo_queries")
 
     def _prepare(self) -> None:
         from simlm.data.datasets import signature
@@ -555,11 +657,12 @@ class _Planner:
                 f"prepare.train_vocabulary makes a new vocabulary, but model.start {self.recipe.model.start!r} has its own; "
                 'set model.start = "scratch" or leave prepare.train_vocabulary out'
             )
-        settings = given.model_copy(update={"data": self.recipe.data, "tokenizer": tokenizer})
-        outside = {"data": json_digest(signature(self.recipe.data, self.digests))}
+        data = self._data()
+        settings = given.model_copy(update={"data": data, "tokenizer": tokenizer})
+        outside = {"data": json_digest(signature(data, self.digests))}
         if tokenizer:
             outside |= self._outside_model(tokenizer, None)
-        self._add("store", "prepare", settings, {}, outside)
+        self._add(self.corpus, "prepare", settings, {}, outside)
 
     def _pretrain(self, store: str = "store") -> str:
         recipe = self.recipe
@@ -585,12 +688,57 @@ class _Planner:
         settings, outside = self._with_model(section, initial)
         self._add(name, stage, settings, {"store": "store", "groups": groups} | inputs, outside)
 
-    def _distill(self, groups: str, pretrained: str) -> None:
-        self._retriever("distilled", self.recipe.distilled, groups, pretrained, stage="distill", teacher="teacher_scores")
+    def _teachers(self, groups: str, reranker: str) -> list[str]:
+        """Score the groups with the recipe's own re-ranker, if there is one, and with each further teacher; the steps that do."""
+        settings = self._teacher_scoring()
+        steps = []
+        if reranker:
+            self._add("teacher_scores", "rerank", settings, {"store": "store", "model": reranker, "groups": groups})
+            steps.append("teacher_scores")
+        for checkpoint in self.recipe.teacher.extra:
+            name = f"teacher_scores_{initialisation_name(checkpoint)}"
+            self._rerank_outside(name, settings, checkpoint, groups=groups)
+            steps.append(name)
+        return steps
+
+    def _hybrid_teacher(self, section: HybridTeacherSettings, groups: str, best: str) -> str:
+        """Score the groups with BM25 and a dense retriever together; the step that does."""
+        inputs = {"store": "store", "groups": groups, "index": "bm25"}
+        if section.dense == "best":
+            inputs |= {"embeddings": f"{best}_embeddings", "model": best}
+        else:
+            self._dense("start", None, [], {})
+            inputs["embeddings"] = "start_embeddings"
+        settings, outside = self._with_model(section, "start" if section.dense == "start" else "")
+        self._add("hybrid_teacher_scores", "score_groups", settings, inputs, outside)
+        return "hybrid_teacher_scores"
+
+    def _teacher_scoring(self) -> RerankSettings:
+        """How teachers score: what [teacher] says, without the names of further teachers."""
+        section = self._pairs(self.recipe.teacher)
+        return RerankSettings.model_validate({name: getattr(section, name) for name in RerankSettings.model_fields})
+
+    def _rerank_outside(self, name: str, settings: RerankSettings, checkpoint: str, **scored: str) -> None:
+        """A rerank step with a cross-encoder that no step makes. scored: groups=STEP or run=STEP, and store=STEP if it is not "store"."""
+        _check_outside_reranker(checkpoint)
+        outside = OutsideRerankSettings.model_validate(settings.model_dump() | {"checkpoint": checkpoint})
+        self._add(name, "rerank", outside, {"store": "store"} | scored, self._outside_model(checkpoint, None))
+
+    def _distill(self, groups: str, pretrained: str, teachers: list[str]) -> None:
+        roles = {f"teacher.{number}" if number > 1 else "teacher": step for number, step in enumerate(teachers, start=1)}
+        self._retriever("distilled", self.recipe.distilled, groups, pretrained, stage="distill", **roles)
 
     def _reranker(self, groups: str, dev_run: str, pretrained: str) -> str:
         inputs = {"dev_run": dev_run} if dev_run and "dev" in self.splits else {}
-        self._retriever("reranker", self.recipe.reranker, groups, pretrained, stage="train_reranker", **inputs)
+        section = self.recipe.reranker
+        given = section.model_fields_set & RerankerSettings.model_fields.keys()
+        settings = RerankerSettings.model_validate({name: getattr(section, name) for name in given})
+        self._retriever("reranker", settings, groups, pretrained, stage="train_reranker", **inputs)
+        for initial in section.compare:
+            if initial == "pretrained" and not pretrained:
+                raise RecipeError('reranker.compare names "pretrained", but `skip` leaves pre-training out; drop one of the two')
+            other = settings.model_copy(update={"initial": initial})
+            self._retriever(_compared(initial), other, groups, pretrained, stage="train_reranker", **inputs)
         return "reranker"
 
     def _rerank_best(self, runs: dict[str, str], teacher: str) -> None:
@@ -600,8 +748,9 @@ class _Planner:
         if chosen_by.main.startswith("Answer@"):
             chosen_by = chosen_by.model_copy(update={"main": "RR@10"})
         self._add("best_run", "select_run", chosen_by, {"store": "store"} | inputs)
-        self._add("reranker_run", "rerank", settings, {"store": "store", "model": teacher, "run": "best_run"})
-        runs["reranker"] = "reranker_run"
+        for name in (teacher, *(_compared(initial) for initial in self.recipe.reranker.compare)):
+            self._add(f"{name}_run", "rerank", settings, {"store": "store", "model": name, "run": "best_run"})
+            runs[name] = f"{name}_run"
 
     def _reported_splits(self) -> list[Split]:
         """The split of the report, as far as there are queries; dev where there is no other."""
@@ -615,39 +764,111 @@ class _Planner:
         return settings.model_copy(update={"max_pair_tokens": self.recipe.reranker.max_pair_tokens})
 
     def _dense(self, name: str, model: str | None, searched: list[Split], runs: dict[str, str]) -> str:
-        """Encode, index and search with one model; the name of the index step."""
-        inputs = {"model": model} if model else {}
-        settings, outside = self._with_model(self.recipe.encode, "start" if model is None else "")
-        self._add(f"{name}_embeddings", "encode", settings, {"store": "store"} | inputs, outside)
-        self._add(f"{name}_index", "build_index", self.recipe.index, {"store": "store", "embeddings": f"{name}_embeddings"})
+        """Encode, index and search with one model, as far as that is not planned already; the name of the index step."""
+        if f"{name}_index" not in {step.name for step in self.steps}:
+            inputs = {"model": model} if model else {}
+            # The starting model's vectors are there before the pseudo queries are.
+            store = "store" if model else self.corpus
+            settings, outside = self._with_model(self.recipe.encode, "start" if model is None else "")
+            self._add(f"{name}_embeddings", "encode", settings, {"store": store} | inputs, outside)
+            self._add(f"{name}_index", "build_index", self.recipe.index, {"store": store, "embeddings": f"{name}_embeddings"})
         if searched:
             runs[name] = self._search(f"{name}_run", f"{name}_index", model, searched)
         return f"{name}_index"
 
-    def _search_train(self, model: str, index: str) -> str:
-        return self._search(f"{model}_train_run", index, model, ["train"], depth=self.recipe.mining.depth)
-
-    def _search(self, name: str, index: str, model: str | None, splits: list[Split], depth: int | None = None) -> str:
+    def _search(self, name: str, index: str, model: str | None, splits: list[Split], depth: int | None = None, store: str = "store") -> str:
         inputs = {"model": model} if model else {}
         settings, outside = self._with_model(self.recipe.search, "start" if model is None and index != "bm25" else "")
         changes: dict[str, Any] = {"splits": splits}
         if depth is not None:
             changes["depth"] = depth
-        self._add(name, "search", settings.model_copy(update=changes), {"store": "store", "index": index} | inputs, outside)
+        self._add(name, "search", settings.model_copy(update=changes), {"store": store, "index": index} | inputs, outside)
         return name
 
-    def _mine(self, name: str, run: str) -> str:
-        self._add(f"{name}_groups", "mine_negatives", self.recipe.mining, {"store": "store", "run": run})
+    def _mine(self, part: MiningPart, name: str, index: str) -> str:
+        """Groups that a part is trained on, from what `name` ("bm25", or the retriever before) finds with its index, or from its mix.
+
+        With a teacher the groups are mined twice: all candidates, to be scored, then those that its scores leave.
+        """
+        settings = self.recipe.mining_of(part)
+        inputs = {"store": "store"} | self._mined_runs(part, name, index)
+        if settings.teacher is not None:
+            filters = {key: MiningSettings.model_fields[key].default for key in ("teacher", "teacher_margin", "teacher_unscored")}
+            self._add(f"{name}_candidates", "mine_negatives", settings.model_copy(update=filters), inputs)
+            scoring = self._teacher_scoring().model_copy(update={"depth": settings.num_negatives})
+            self._rerank_outside(f"{name}_candidate_scores", scoring, settings.teacher, groups=f"{name}_candidates")
+            inputs["teacher"] = f"{name}_candidate_scores"
+        self._add(f"{name}_groups", "mine_negatives", settings, inputs)
         return f"{name}_groups"
 
+    def _scores_for(self, part: Literal["retriever1", "retriever2"], groups: str) -> dict[str, str]:
+        """Input of a retriever whose loss compares a teacher's scores: those that its groups were filtered by."""
+        section = self.recipe.retriever1 if part == "retriever1" else self.recipe.retriever2
+        if section.teacher_margin is None:
+            return {}
+        if self.recipe.mining_of(part).teacher is None:
+            raise RecipeError(
+                f"{part}.teacher_margin compares a teacher's scores, and its negatives have none: "
+                f"set {part}_mining.teacher to a cross-encoder, and {part}_mining.teacher_margin"
+            )
+        return {"teacher": f"{groups.removesuffix('_groups')}_candidate_scores"}
+
+    def _mine_scored(self, name: str, index: str, reranker: str) -> str:
+        """Groups of the distilled retriever, of what the recipe's own re-ranker has scored."""
+        if not reranker:
+            raise RecipeError(
+                '[distilled_mining] reads scores of the re-ranker, which `skip` leaves out; drop "reranker" there, or the section'
+            )
+        inputs = {"store": "store"} | self._mined_runs("distilled", name, index) | {"teacher": "teacher_scores"}
+        self._add("distilled_groups", "mine_negatives", self.recipe.mining_of("distilled"), inputs)
+        return "distilled_groups"
+
+    def _mined_runs(self, part: MiningPart, name: str, index: str) -> dict[str, str]:
+        """Role -> run over the training queries, one for each name of the part's mix; searched where no other part has done so."""
+        mix = self.recipe.mining_of(part).mix
+        if not mix:
+            return {"run": self._search_train(name, index)}
+        of_source = {"bm25": ("bm25", "bm25"), "start": ("start", "start_index"), "dense": (name, index)}
+        return {f"run.{source}": self._search_train(*of_source[source]) for source in mix}
+
+    def _search_train(self, name: str, index: str) -> str:
+        run = f"{name}_train_run"
+        have = {step.name for step in self.steps}
+        if run in have:
+            return run
+        if name == "start" and index not in have:
+            self._dense("start", None, [], {})
+        model = None if name in ("bm25", "start") else name
+        return self._search(run, index, model, ["train"], depth=self._train_depth(name))
+
+    def _train_depth(self, name: str) -> int:
+        """How deep the training queries are searched with a retriever: as the parts need that mine from it."""
+        recipe = self.recipe
+        last = "retriever1" if "retriever2" in recipe.skip else "retriever2" if recipe.rounds == 1 else f"retriever2_round{recipe.rounds}"
+        parts: list[MiningPart] = ["retriever1"]
+        parts += ["retriever2"] if "retriever2" not in recipe.skip else []
+        parts += ["reranker"] if "reranker" not in recipe.skip or recipe.teacher.extra or recipe.hybrid_teacher else []
+        parts += ["distilled"] if recipe.distilled_mining.model_fields_set and "distilled" not in recipe.skip else []
+        if name in ("bm25", "start"):
+            users = [part for part in parts if name in recipe.mining_of(part).mix]
+            users += ["retriever1"] if name == "bm25" and not recipe.mining_of("retriever1").mix else []
+        elif name == last:
+            users = [part for part in parts if part in ("reranker", "distilled")]
+        else:
+            users = ["retriever2"]
+        return max(recipe.mining_of(part).depth for part in users)
+
     def _evaluate(self, runs: dict[str, str]) -> None:
-        order = ("bm25", "start", "retriever1", "retriever2", "reranker", "distilled", "hybrid")
+        compared = [_compared(initial) for initial in self.recipe.reranker.compare]
+        rounds = [f"retriever2_round{number}" for number in range(2, self.recipe.rounds + 1)]
+        order = ("bm25", "start", "retriever1", "retriever2", *rounds, "reranker", *compared, "distilled", "hybrid")
         inputs = {"store": "store"} | {f"run.{name}": runs[name] for name in order if name in runs}
         inputs |= {f"step.{step.name}": step.name for step in self.steps}
         settings = self.recipe.evaluate
         if settings.split not in self.splits and "dev" in self.splits:
             self.notes.append(
                 f"no {settings.split!r} queries: the report is on the dev queries, which the training has seen as its dev measure"
+                + (" and which are made from passages as the training queries are" if self.recipe.pseudo_queries else "")
             )
             settings = settings.model_copy(update={"split": "dev"})
         self._add("report", "evaluate", settings, inputs)
@@ -682,4 +903,4 @@ class _Planner:
         self.steps.append(Step(name, stage, settings, inputs, outside, fingerprint, seed))
 
 
-__all__ = ["Plan", "Step", "held_folder", "make_plan", "retriever1_steps", "run_folder", "run_recipe", "run_step"]
+__all__ = ["Plan", "Step", "held_folder", "make_plan", "retriever1_steps", "run_folder", "run_recipe", "run_step", "store_splits"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from simlm.types import Split
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
+_OF_SOURCES = ("negative_sources", "source_positive_scores")
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,43 @@ class Run:
         return cls(split, arrays["query_rows"], arrays["offsets"], arrays["passage_rows"], arrays["scores"])
 
 
+class RunWriter:
+    """Writes a run of known counts query by query, in order, holding none of it: the files are those that `Run.save` writes.
+
+    counts: passages of each query. Use as a context; when it ends without an error all queries must have been written.
+    """
+
+    def __init__(self, folder: Path, split: Split, query_rows: Ints, counts: Ints) -> None:
+        self._folder = folder / split
+        _save(self._folder, query_rows=np.asarray(query_rows, dtype=np.int64), offsets=offsets_of(counts))
+        self._left = int(np.sum(counts))
+        self._rows = _open_array(self._folder / "passage_rows.npy", np.dtype(np.int64), self._left)
+        self._scores = _open_array(self._folder / "scores.npy", np.dtype(np.float32), self._left)
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def write(self, passage_rows: Ints, scores: Floats) -> None:
+        """The lists of the next queries end to end, each best first (ties: smaller passage row first)."""
+        self._left -= len(passage_rows)
+        self._rows.write(np.asarray(passage_rows, dtype=np.int64).tobytes())
+        self._scores.write(np.asarray(scores, dtype=np.float32).tobytes())
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self._rows.close()
+        self._scores.close()
+        assert error is not None or self._left == 0, "every list of the run was written"
+
+
 @dataclass(frozen=True)
 class Groups:
     """For each training query its positives and its negatives, hardest negative first.
 
     query_rows: int64 [Q]; positive_offsets, negative_offsets: int64 [Q + 1]; *_rows: int64, passage rows of the store;
     *_scores: float32, the miner's score, NaN where the miner did not score that passage.
+    Mined from S > 1 runs: negative_sources, int8, for each negative the run (0..S-1) that it and its score are from; and
+    source_positive_scores, float32 [S, positives], the score of each positive in each run (positive_scores are those of the first).
+    Else both are None.
     """
 
     split: Split
@@ -110,6 +142,8 @@ class Groups:
     negative_offsets: Ints
     negative_rows: Ints
     negative_scores: Floats
+    negative_sources: NDArray[np.int8] | None = None
+    source_positive_scores: Floats | None = None
 
     def __len__(self) -> int:
         return len(self.query_rows)
@@ -122,8 +156,19 @@ class Groups:
         start, stop = self.negative_offsets[position], self.negative_offsets[position + 1]
         return self.negative_rows[start:stop], self.negative_scores[start:stop]
 
+    def by_source(self, position: int) -> Iterator[tuple[NDArray[np.int64], Floats]]:
+        """For each run: places of its negatives in the list of `negatives`, and its scores of the query's positives."""
+        start, stop = self.negative_offsets[position], self.negative_offsets[position + 1]
+        if self.negative_sources is None or self.source_positive_scores is None:
+            yield np.arange(stop - start), self.positives(position)[1]
+            return
+        first, last = self.positive_offsets[position], self.positive_offsets[position + 1]
+        for source, scores in enumerate(self.source_positive_scores):
+            yield np.flatnonzero(self.negative_sources[start:stop] == source), scores[first:last]
+
     def save(self, folder: Path) -> None:
         """Write into `folder/SPLIT/`."""
+        optional = {name: array for name in _OF_SOURCES if (array := getattr(self, name)) is not None}
         _save(
             folder / self.split,
             query_rows=self.query_rows,
@@ -133,6 +178,7 @@ class Groups:
             negative_offsets=self.negative_offsets,
             negative_rows=self.negative_rows,
             negative_scores=self.negative_scores,
+            **optional,
         )
 
     @classmethod
@@ -147,7 +193,8 @@ class Groups:
             "negative_rows",
             "negative_scores",
         )
-        return cls(split, **_load(folder, split, names))
+        optional = [name for name in _OF_SOURCES if (folder / split / f"{name}.npy").exists()]
+        return cls(split, **_load(folder, split, [*names, *optional]))
 
 
 def offsets_of(counts: Sequence[int] | NDArray[np.integer]) -> Ints:
@@ -161,6 +208,14 @@ def _save(folder: Path, **arrays: NDArray[np.generic]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array, allow_pickle=False)
+
+
+def _open_array(path: Path, dtype: np.dtype[Any], length: int) -> BinaryIO:
+    """A .npy file whose header is written and whose `length` values are to follow."""
+    file = open(path, "wb")  # noqa: SIM115
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file
 
 
 def _load(folder: Path, split: Split, names: Sequence[str]) -> dict[str, Any]:

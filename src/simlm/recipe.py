@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -38,8 +39,21 @@ OBJECTIVE_NAMES = (
 )
 """The rows of simlm.objectives.OBJECTIVES (a test compares them); known here without importing torch."""
 
+MiningPart = Literal["retriever1", "retriever2", "reranker", "distilled"]
+MINING_PARTS: tuple[MiningPart, ...] = ("retriever1", "retriever2", "reranker", "distilled")
+"""Parts of the pipeline that are trained on mined negatives."""
+MIX_SOURCES = ("bm25", "start", "dense")
+"""Runs that negatives are mined from."""
+
 SAMPLING_OBJECTIVES = frozenset({"replaced_lm", "enc_dec_rtd"})
 """Those that read samples of a generator (a test compares them with the classes)."""
+
+
+PSEUDO_QUERY_KINDS = ("title", "title_keywords", "first_sentence", "crop", "keywords", "cloze")
+"""The kinds of simlm.data.pseudo_queries (a test compares them)."""
+
+ENDPOINT_QUERY_KINDS = ("ask_question", "ask_keywords", "ask_claim")
+"""The prompts of simlm.data.query_endpoint (a test compares them)."""
 
 
 class Section(BaseModel):
@@ -114,6 +128,8 @@ class DataSettings(Section):
     """Keep a seeded sample of this many passages, judged ones first; none = all."""
     max_queries: dict[Split, PositiveInt] = Field(default_factory=dict)
     """Keep a seeded sample of at most this many judged queries of a split."""
+    splits: list[Split] | None = None
+    """Splits whose queries and judgements are read, the files of others are not opened; none = all, ["test"] with [pseudo_queries]."""
     dev_fraction: Fraction = 0.1
     """Share of the training queries set apart as dev where the data set has no dev queries."""
     on_bad_record: Literal["error", "skip"] = "error"
@@ -147,7 +163,28 @@ class ModelSettings(Section):
     config: dict[str, Any] = Field(default_factory=dict)
     """For "scratch": a transformers configuration, model_type and its fields."""
     pooling: Literal["cls", "mean"] = "cls"
+    query_prompt: str | None = None
+    passage_prompt: str | None = None
+    """Put before each query and each passage that the checkpoint encodes ("query: "); none = what the checkpoint itself names."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
+
+
+class LoraSettings(Section):
+    """Low-rank adapters (arXiv 2106.09685): the encoder's own weights stay as they are; needs the extra simlm[lora]."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveInt = 32
+    """An adapter's product is multiplied by alpha / rank; twice the rank is peft's usual choice."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """Linear layers that get an adapter: all of the encoder's, or those whose names end like one of the list ("query", "value")."""
+
+    @field_validator("target_modules")
+    @classmethod
+    def _some_modules(cls, names: str | list[str]) -> str | list[str]:
+        if not names or any(not name for name in names):
+            raise ValueError('names of linear layers were expected, for example ["query", "value"], or "all-linear"')
+        return names
 
 
 class GeneratorSettings(Section):
@@ -294,36 +331,108 @@ class DevSettings(Section):
     """The dev queries' positives, filled up with a seeded sample of the corpus."""
 
 
+LOWEST_TEMPERATURE = 0.01
+"""Below it a learned temperature does not go: scores of at most 100 (CLIP, arXiv 2103.00020, section 2.5)."""
+
+
 class RetrieverSettings(Section):
     """Contrastive training of the bi-encoder."""
 
     initial: str = "pretrained"
     """ "pretrained" = encoder of the pretrain step; "start" = model of [model]; or a path or hub id."""
     model: ModelSettings = Field(default_factory=ModelSettings)
-    temperature: Annotated[float, Field(gt=0)] = 0.02
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.02
+    """Of InfoNCE; the one to end with ("warmup") or to start from ("learned", where it stays at 0.01 or above)."""
+    temperature_mode: Literal["fixed", "warmup", "learned"] = "fixed"
+    """ "warmup" = linear from `temperature_start` over `temperature_warmup_steps`; "learned" = trained with the weights (CLIP)."""
+    temperature_start: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    temperature_warmup_steps: PositiveInt | None = None
+    temperature_learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5e-4
+    """Of the logarithm of a learned temperature, on the schedule of `learning_rate`; CLIP's (arXiv 2103.00020, table 20)."""
     contrast: Literal["query_to_passages", "all_pairs"] = "query_to_passages"
     """ "query_to_passages" is the paper's InfoNCE, "all_pairs" its code's default (method.md section 2)."""
+    teacher_margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """A passage that the teacher scores above the query's positive minus this many logits is no negative in InfoNCE; none = ids and texts
+    alone decide. Where a stage has no teacher of its own it takes a "teacher" run of the training queries."""
+    matryoshka: list[PositiveInt] = Field(default_factory=list)
+    """The loss is the mean over the whole embedding and its first so many numbers (arXiv 2205.13147), for example [256, 128]."""
+    quantisation: Literal["none", "int8", "binary"] = "none"
+    """Passages go through this rounding in the loss (gradient as if not), so that vectors stored that way lose less; queries do not."""
     queries_per_step: Annotated[int, Field(ge=2)] = 64
     """Over all processes together."""
     group_size: Annotated[int, Field(ge=1)] = 16
     """Passages a query: 1 positive + negatives."""
+    negatives: Literal["walk", "ambiguous"] = "walk"
+    """How a query's negatives are chosen each epoch: going on through its list, none again before all have been seen (the paper's code);
+    or drawn by exp(-a (z - b)^2), z their stored score less the positive's in standard deviations (SimANS, arXiv 2210.11773)."""
+    ambiguous_a: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
+    """How narrow: 0.5 is a bell of one standard deviation; 0 draws all alike."""
+    ambiguous_b: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    """Where the bell's top lies, in standard deviations above the positive's score."""
     max_passage_tokens: Annotated[int, Field(ge=8)] | None = None
     max_query_tokens: Annotated[int, Field(ge=4)] | None = None
     """None = as long as the store has them."""
+    query_prompt: str | None = None
+    passage_prompt: str | None = None
+    """Put before each query and each passage, saved with the model ("query: "); none = those of the starting checkpoint, "" = none."""
+    lora: LoraSettings | None = None
+    """Train low-rank adapters only; the saved model is merged. None = train all weights (the paper)."""
     micro_batch_tokens: PositiveInt = 16384
     """Tokens encoded at once; above it the step is encoded in pieces (gradient caching): same loss, bounded memory."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
     dev: DevSettings = Field(default_factory=DevSettings)
     training: TrainingSettings = Field(default_factory=TrainingSettings)
 
+    @field_validator("matryoshka")
+    @classmethod
+    def _different_sizes(cls, sizes: list[int]) -> list[int]:
+        if len(set(sizes)) < len(sizes):
+            raise ValueError("a size is there twice; each counts once in the mean")
+        return sizes
+
+    @model_validator(mode="after")
+    def _temperature_options_are_used(self) -> RetrieverSettings:
+        options = {"temperature_start": "warmup", "temperature_warmup_steps": "warmup", "temperature_learning_rate": "learned"}
+        for key, mode in options.items():
+            if self.temperature_mode != mode and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f'{key} changes nothing with temperature_mode = "{self.temperature_mode}"; set it to "{mode}"')
+            if self.temperature_mode == "warmup" == mode and getattr(self, key) is None:
+                raise ValueError(f'temperature_mode = "warmup" needs {key}; for example a start of 0.1, and 100 steps')
+        if self.temperature_mode == "learned" and self.temperature < LOWEST_TEMPERATURE:
+            raise ValueError(f"temperature {self.temperature:g}: a learned one is kept at {LOWEST_TEMPERATURE} or above; start there")
+        return self
+
+    @model_validator(mode="after")
+    def _ambiguity_is_used(self) -> RetrieverSettings:
+        given = [name for name in ("ambiguous_a", "ambiguous_b") if getattr(self, name) != type(self).model_fields[name].default]
+        if given and self.negatives == "walk":
+            raise ValueError(f'{" and ".join(given)}: no effect with negatives = "walk"; set negatives = "ambiguous"')
+        return self
+
 
 class DistillSettings(RetrieverSettings):
-    """Training on the re-ranker's scores: KL(teacher, student) + contrastive_weight x InfoNCE."""
+    """Training on the re-ranker's scores: distill_loss(student, teacher) + contrastive_weight x InfoNCE."""
 
     group_size: Annotated[int, Field(ge=2)] = 24
-    contrastive_weight: Annotated[float, Field(ge=0)] = 0.2
-    student_temperature: Annotated[float, Field(gt=0)] = 0.02
-    teacher_temperature: Annotated[float, Field(gt=0)] = 1.0
+    distill_loss: Literal["kl", "margin_mse", "listwise"] = "kl"
+    """ "kl" of the two softmaxes (the paper); "margin_mse" = squared differences of the margins to the positive (arXiv 2010.02666);
+    "listwise" = likelihood of the teacher's order, whatever its scores (ListMLE, Xia et al. 2008)."""
+    contrastive_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.2
+    student_temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.02
+    teacher_temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> DistillSettings:
+        if self.distill_loss == "listwise" and self.teacher_temperature != 1.0:
+            raise ValueError(
+                f'teacher_temperature {self.teacher_temperature:g} changes nothing with distill_loss = "listwise", which reads the order '
+                "of the teacher's scores; leave it out"
+            )
+        if self.contrastive_weight == 0:
+            for key, off in (("temperature_mode", "fixed"), ("teacher_margin", None)):
+                if getattr(self, key) != off:
+                    raise ValueError(f"{key} is of InfoNCE, which contrastive_weight = 0 turns off; leave {key} out, or give it a weight")
+        return self
 
 
 class RerankerSettings(Section):
@@ -338,6 +447,8 @@ class RerankerSettings(Section):
     train_hardest: Annotated[int, Field(ge=2)] | None = 16
     """Score the whole group without gradient, train on the positive and the hardest; none = train on the whole group."""
     rdrop_weight: Annotated[float, Field(ge=0)] = 1.0
+    lora: LoraSettings | None = None
+    """Train low-rank adapters and the head only; the saved model is merged. None = train all weights (the paper)."""
     micro_batch_tokens: PositiveInt = 16384
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
     dev: DevSettings = Field(default_factory=lambda: DevSettings(num_queries=100, pool_passages=2000))
@@ -346,17 +457,41 @@ class RerankerSettings(Section):
     training: TrainingSettings = Field(default_factory=TrainingSettings)
 
 
+class RerankerSection(RerankerSettings):
+    """Training of the re-ranker, and of others from other checkpoints to compare it with."""
+
+    compare: list[str] = Field(default_factory=list)
+    """Further initialisations ("start", "pretrained", paths or hub ids with the store's vocabulary): each is trained and measured as the
+    re-ranker is, and is a row of the report. The teacher stays the one from `initial`."""
+
+    @model_validator(mode="after")
+    def _different_initialisations(self) -> RerankerSection:
+        names = [initialisation_name(initial) for initial in (self.initial, *self.compare)]
+        for name, initial in zip(names[1:], self.compare, strict=True):
+            if names.count(name) > 1:
+                raise ValueError(f"compare: {initial!r} would be the second row named {name!r}; each needs a name of its own")
+        return self
+
+
+def initialisation_name(initial: str) -> str:
+    """What a step and a row of the report are called after: the last part of a path or hub id, without what a file name cannot hold."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", initial.rstrip("/").rsplit("/", 1)[-1]).strip("-.") or "model"
+
+
 class EncodeSettings(Section):
     """Passages -> vectors."""
 
     model: ModelSettings = Field(default_factory=ModelSettings)
     """Used where the input is not a model artifact (the `start` row)."""
     batch_tokens: PositiveInt = 16384
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the computation; "auto" = bf16 where the processor has it."""
+    precision: Literal["auto", "fp32", "bf16", "int8", "fast"] = "auto"
+    """Of the computation; "auto" = bf16 where the processor has it, else fp32. "int8" = 8-bit products (x86 processors, near fp32);
+    "fast" = bf16 where the processor has it, else int8 where it has that. Set search.precision alike."""
     storage: Literal["fp32", "fp16"] = "fp32"
     shard_passages: PositiveInt = 8192
-    """Passages between two points that survive a kill."""
+    """Passages between two points that survive a kill, and what one process takes at a time."""
+    cache: bool = True
+    """Take vectors of passages that the same model has encoded before, with the same settings, from the run's embedding cache."""
 
 
 class IndexSettings(Section):
@@ -379,12 +514,18 @@ class SearchSettings(Section):
     splits: list[Split] = Field(default_factory=lambda: list[Split](["test"]))
     depth: PositiveInt = 1000
     batch_queries: PositiveInt = 256
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    memory_budget: Annotated[int, Field(ge=128)] = 256
+    """MiB of each process for scores and candidates of an exact search (index type "flat"); changes nothing in the result."""
+    precision: Literal["auto", "fp32", "bf16", "int8", "fast"] = "auto"
+    """Of encoding the queries, as in encode.precision."""
 
 
 class FuseSettings(Section):
-    """Hybrid search: reciprocal rank fusion of two runs, sum of weight / (constant + rank)."""
+    """Hybrid search: two runs fused by rank or by score."""
 
+    method: Literal["rank", "score"] = "rank"
+    """ "rank" = sum of weight / (constant + rank); "score" = weighted sum of the scores, standardised within the query (arXiv 2210.11934
+    finds such sums better than ranks, and their weight easier to carry over to other queries)."""
     depth: PositiveInt = 1000
     constant: Annotated[float, Field(gt=0)] = 60.0
     """Cormack, Clarke and Buettcher 2009."""
@@ -392,8 +533,144 @@ class FuseSettings(Section):
     """Share of the dense run, the rest is BM25's; "dev" = the best on the dev queries (0.5 where there are none)."""
 
 
+class HybridTeacherSettings(Section):
+    """BM25 and a dense retriever together as a teacher that needs no labels: their scores for each training group, standardised and summed.
+
+    The sum has the spread of the dense scores / temperature: with dense_weight = 1 and dense = "start" it is what the starting model says
+    itself, so that distilling it moves nothing, and BM25's share is all that is new.
+    """
+
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    alone: bool = True
+    """Whether nobody else teaches: the recipe's re-ranker then only re-ranks. False = averaged with it and with teacher.extra."""
+    dense: Literal["start", "best"] = "start"
+    """The dense part: the starting model, or the best retriever trained so far."""
+    dense_weight: Fraction = 0.6
+    """Share of the dense scores, the rest is BM25's; what did well on both of two unlike corpora (docs/no-labels.md)."""
+    temperature: Annotated[float, Field(gt=0)] = 0.02
+    """Divides the dense scores, as in training: logits of the dense model, to be distilled at teacher_temperature = 1."""
+    depth: PositiveInt = 64
+    """Negatives of a group that are scored, at most."""
+
+
+class EndpointSettings(Section):
+    """A language model behind an OpenAI-compatible HTTP endpoint (vLLM, llama.cpp, Ollama, a provider), asked for queries."""
+
+    url: str
+    """Up to and with the version: "http://127.0.0.1:8000/v1"; `/chat/completions` is added."""
+    model: str
+    """Name by which the endpoint knows the model."""
+    api_key_env: str | None = None
+    """Environment variable that holds the key; none = no key is sent. The key itself is never written anywhere."""
+    max_parallel: PositiveInt = 8
+    """Requests under way at the same time."""
+    max_tries: PositiveInt = 6
+    """Of one request; between them 1, 2, 4 ... seconds pass, or what the answer's Retry-After says."""
+    timeout_seconds: Annotated[float, Field(gt=0)] = 120.0
+    temperature: Annotated[float, Field(ge=0)] = 0.7
+    """Of the language model's sampling; Promptagator's (arXiv 2209.11755)."""
+    max_tokens: PositiveInt = 64
+    """Of an answer."""
+    passage_words: PositiveInt = 300
+    """Words of a passage that are sent."""
+
+    @field_validator("url")
+    @classmethod
+    def _http(cls, url: str) -> str:
+        if not re.match(r"https?://[^/\s]+", url):
+            raise ValueError('an address like "http://127.0.0.1:8000/v1" was expected')
+        return url.rstrip("/")
+
+
+Between = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
+
+
+class PseudoQuerySettings(Section):
+    """Queries made from the passages themselves, for a corpus without labels; real training and dev queries are then not read."""
+
+    kinds: dict[str, float] = Field(
+        default_factory=lambda: {"title_keywords": 1.0, "keywords": 1.0, "first_sentence": 1.0, "crop": 1.0, "cloze": 1.0, "title": 0.5}
+    )
+    """Kind -> share of the queries (only the ratio counts); a kind that the corpus has too little of leaves its share to the others. Kinds:
+    title, title_keywords, first_sentence, crop, keywords, cloze; from the endpoint: ask_question, ask_keywords, ask_claim."""
+    num_queries: PositiveInt = 20_000
+    """At most, of all kinds together, before the consistency filter."""
+    queries_per_passage: PositiveInt = 2
+    """Of one kind, at most, where a passage can give several; the second ones are taken when every passage has given its first."""
+    dev_fraction: Fraction = 0.05
+    """Share of the passages whose queries become the dev split."""
+    words: Between = Field(default_factory=lambda: [5, 14])
+    """Shortest and longest crop, sentence and cloze."""
+    keywords: Between = Field(default_factory=lambda: [3, 7])
+    title_keywords: Between = Field(default_factory=lambda: [1, 3])
+    """Fewest and most words of a keyword query, and beside a title."""
+    drop_words: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    """Share of the words of crops and first sentences left out at random, so that no query is a verbatim part of its passage."""
+    max_positives: PositiveInt = 3
+    """A query that more passages than this give (a title of many sections) says too little and is left out."""
+    endpoint: EndpointSettings | None = None
+    """Where the ask_ kinds come from."""
+
+    @field_validator("kinds", mode="before")
+    @classmethod
+    def _shares_are_numbers(cls, kinds: Any) -> Any:
+        return {name: float(share) if type(share) is int else share for name, share in kinds.items()} if isinstance(kinds, dict) else kinds
+
+    @field_validator("kinds")
+    @classmethod
+    def _known_kinds(cls, kinds: dict[str, float]) -> dict[str, float]:
+        known = (*PSEUDO_QUERY_KINDS, *ENDPOINT_QUERY_KINDS)
+        if not kinds:
+            raise ValueError("no kind of query; name one, for example { keywords = 1, crop = 1 }")
+        for name, share in kinds.items():
+            if name not in known:
+                raise ValueError(f"unknown kind {name!r}{nearest(name, known)} (known: {', '.join(known)})")
+            if not 0 < share < math.inf:
+                raise ValueError(f"the share of {name!r} is {share}, a number above 0 was expected; leave the kind out instead")
+        return kinds
+
+    @model_validator(mode="after")
+    def _limits_fit(self) -> PseudoQuerySettings:
+        for name in ("words", "keywords", "title_keywords"):
+            least, most = getattr(self, name)
+            if least > most:
+                raise ValueError(f"{name} = [{least}, {most}]: fewest first, then most")
+        asked = [kind for kind in self.kinds if kind in ENDPOINT_QUERY_KINDS]
+        if asked and self.endpoint is None:
+            raise ValueError(f"kinds {', '.join(asked)} come from an endpoint; set endpoint, or leave them out")
+        if self.endpoint is not None and not asked:
+            raise ValueError(f"the endpoint is not asked for anything; name kinds of {', '.join(ENDPOINT_QUERY_KINDS)}, or leave it out")
+        if self.dev_fraction == 1:
+            raise ValueError("dev_fraction = 1 leaves no training queries")
+        return self
+
+
+class ConsistencySettings(Section):
+    """Round trip: a pseudo query stays if its passage is among the first `within` it finds (arXiv 2209.11755, InPars 2301.01820)."""
+
+    by: Literal["bm25", "start", "hybrid", "reranker", "none"] = "hybrid"
+    """Who searches: BM25, the starting model, both fused by score with equal weights, a cross-encoder over BM25's first `depth`, nobody."""
+    within: PositiveInt = 10
+    depth: PositiveInt = 100
+    """Searched; of "reranker", pairs scored a query."""
+    reranker: str | None = None
+    """Path or hub id of the cross-encoder for by = "reranker", such as `runs/NAME/reranker` of an earlier run."""
+    trivial_share: Fraction = 1.0
+    """At most this share of the queries kept may be found by words alone: BM25 has their passage first, with `trivial_margin` to spare."""
+    trivial_margin: Annotated[float, Field(ge=0)] = 0.5
+    """How far BM25's score of the second is below that of the first, as a share of the first."""
+
+    @model_validator(mode="after")
+    def _reranker_fits(self) -> ConsistencySettings:
+        if (self.by == "reranker") != (self.reranker is not None):
+            raise ValueError('`reranker` names the cross-encoder of by = "reranker"; set both or neither')
+        if self.by != "none" and self.within > self.depth:
+            raise ValueError(f"within = {self.within} is more than depth = {self.depth}, so it would keep what was not found")
+        return self
+
+
 class MiningSettings(Section):
-    """Hard negatives from a run over the training queries."""
+    """Hard negatives from runs over the training queries. All filters read stored scores: changing one encodes and searches nothing."""
 
     depth: PositiveInt = 200
     skip_top: Annotated[int, Field(ge=0)] = 0
@@ -402,6 +679,25 @@ class MiningSettings(Section):
     """Kept at most for a query."""
     below_positive: Annotated[float, Field(gt=0)] | None = None
     """Drop a candidate scoring above this share of the positive's score (NV-Retriever: 0.95); none = keep."""
+    mix: dict[str, float] = Field(default_factory=dict)
+    """Runs to take negatives from, with their shares (only the ratio counts): "bm25", "start" (the starting model) and "dense" (the
+    retriever trained before), as in { bm25 = 0.25, dense = 0.75 }; empty = that retriever alone, BM25 where there is none yet."""
+    teacher: str | None = None
+    """Cross-encoder whose raw logits for the candidates `teacher_margin` compares: a path or hub id, or "reranker", the recipe's own
+    (only for [distilled_mining]: it is trained after the others)."""
+    teacher_margin: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    """Drop a candidate whose teacher score is above the lowest positive's minus this many logits (RocketQA, arXiv 2010.08191, drops what
+    the teacher holds relevant); none = keep."""
+    teacher_unscored: Literal["keep", "drop"] = "keep"
+    """Candidates without a teacher score."""
+
+    @field_validator("mix")
+    @classmethod
+    def _positive_shares(cls, mix: dict[str, float]) -> dict[str, float]:
+        for name, share in mix.items():
+            if not 0 < share < math.inf:
+                raise ValueError(f"the share of {name!r} is {share}, a number above 0 was expected; leave the run out instead")
+        return mix
 
 
 class RerankSettings(Section):
@@ -413,6 +709,43 @@ class RerankSettings(Section):
     batch_tokens: PositiveInt = 16384
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     shard_pairs: PositiveInt = 20_000
+    """Pairs between two points that survive a kill."""
+
+
+class OutsideRerankSettings(RerankSettings):
+    """Settings of a rerank step whose cross-encoder no step of the recipe makes."""
+
+    checkpoint: str
+    """Any cross-encoder or sequence classifier with one label: a path or hub id."""
+
+
+class TeacherSettings(RerankSettings):
+    """The re-ranker's scores for the training groups, and those of further teachers."""
+
+    splits: list[Split] = Field(default_factory=lambda: list[Split](["train"]))
+    depth: PositiveInt = 64
+    extra: list[str] = Field(default_factory=list)
+    """Paths or hub ids of further cross-encoders with one label; all are averaged (simlm.data.teachers.combine_teachers). They teach alone
+    where `skip` names the re-ranker."""
+
+    @field_validator("extra")
+    @classmethod
+    def _different_teachers(cls, extra: list[str]) -> list[str]:
+        for reference in extra:
+            if not reference.strip() or reference in ("scratch", "start", "pretrained", "reranker"):
+                raise ValueError(f"{reference!r} names no finished cross-encoder; give a path or hub id (the recipe's own is always one)")
+        names = [initialisation_name(reference) for reference in extra]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two teachers are called {name!r}; each needs a name of its own, and one teacher counts once")
+        return extra
+
+    @field_validator("splits")
+    @classmethod
+    def _training_queries(cls, splits: list[Split]) -> list[Split]:
+        if splits != ["train"]:
+            raise ValueError('a teacher scores training groups, so only ["train"] fits; leave it out')
+        return splits
 
 
 class EvaluateSettings(Section):
@@ -494,11 +827,28 @@ class Recipe(Section):
     generator: GeneratorSettings = Field(default_factory=GeneratorSettings)
     pretrain: PretrainSettings = Field(default_factory=PretrainSettings)
     mining: MiningSettings = Field(default_factory=MiningSettings)
+    """Of all stages, as far as a section of their own does not say otherwise."""
+    retriever1_mining: MiningSettings = Field(default_factory=MiningSettings)
+    """Negatives that retriever 1 is trained on; what is not given is as in [mining]."""
+    retriever2_mining: MiningSettings = Field(default_factory=MiningSettings)
+    """Of retriever 2, in every round."""
+    reranker_mining: MiningSettings = Field(default_factory=MiningSettings)
+    """Of the re-ranker, and of the distilled retriever where [distilled_mining] says nothing."""
+    distilled_mining: MiningSettings = Field(default_factory=MiningSettings)
+    """Of the distilled retriever, among those that the re-ranker has scored; what is not given is as for the re-ranker."""
+    rounds: PositiveInt = 1
+    """Trainings of retriever 2: each on negatives mined with the one before, from the same start (ANCE's idea, arXiv 2007.00808)."""
     bm25: IndexSettings = Field(default_factory=lambda: IndexSettings(type="bm25"))
+    pseudo_queries: PseudoQuerySettings | None = None
+    """With this section the training and dev queries are made from the passages, and the data set's own are not read."""
+    consistency: ConsistencySettings = Field(default_factory=ConsistencySettings)
+    """Which of the pseudo queries are kept."""
+    hybrid_teacher: HybridTeacherSettings | None = None
+    """With this section BM25 and a dense retriever together teach the distilled retriever, without the re-ranker or beside it."""
     retriever1: RetrieverSettings = Field(default_factory=RetrieverSettings)
     retriever2: RetrieverSettings = Field(default_factory=RetrieverSettings)
-    reranker: RerankerSettings = Field(default_factory=RerankerSettings)
-    teacher: RerankSettings = Field(default_factory=lambda: RerankSettings(splits=["train"], depth=64))
+    reranker: RerankerSection = Field(default_factory=RerankerSection)
+    teacher: TeacherSettings = Field(default_factory=TeacherSettings)
     """The re-ranker's scores for the training groups."""
     distilled: DistillSettings = Field(default_factory=DistillSettings)
     encode: EncodeSettings = Field(default_factory=EncodeSettings)
@@ -511,12 +861,117 @@ class Recipe(Section):
     skip: list[Literal["pretrain", "retriever2", "reranker", "distilled", "start", "hybrid"]] = Field(default_factory=list)
     """Parts of the pipeline left out; what depends on a part left out goes with it or falls back on the part before."""
 
+    def mining_of(self, part: MiningPart) -> MiningSettings:
+        """Settings of the mining for a part of the pipeline: its own section's, else [mining]'s."""
+        sections = [self.mining, *([self.reranker_mining] if part == "distilled" else []), getattr(self, f"{part}_mining")]
+        given = {name: getattr(section, name) for section in sections for name in section.model_fields_set}
+        if part == "distilled":  # what the re-ranker has not scored cannot be distilled
+            given["teacher_unscored"] = "drop"
+        return MiningSettings.model_validate(given)
+
+    @model_validator(mode="after")
+    def _minings_fit(self) -> Recipe:
+        for part in MINING_PARTS:
+            own: MiningSettings = getattr(self, f"{part}_mining")
+            # Without a section of its own the distilled retriever is trained on the re-ranker's negatives.
+            if part != "distilled" or own.model_fields_set:
+                _check_mix(self, part)
+                _check_teacher(self, part)
+        if self.rounds > 1 and "retriever2" in self.skip:
+            raise ValueError(f"rounds = {self.rounds} repeats retriever 2, which `skip` leaves out; drop one of the two")
+        return self
+
+    @model_validator(mode="after")
+    def _pseudo_queries_fit(self) -> Recipe:
+        if self.pseudo_queries is None:
+            if self.consistency.model_fields_set:
+                raise ValueError("[consistency] filters pseudo queries; add a section [pseudo_queries], or leave it out")
+        else:
+            labelled = [split for split in self.data.splits or [] if split != "test"]
+            if labelled:
+                raise ValueError(f'data.splits names {labelled}, which [pseudo_queries] replaces; ["test"] or nothing fits')
+            if self.data.max_queries.keys() - {"test"}:
+                raise ValueError("data.max_queries limits training or dev queries, which [pseudo_queries] replaces; set num_queries there")
+            if self.consistency.by in ("start", "hybrid") and self.model.start == "scratch":
+                raise ValueError(f'consistency.by = "{self.consistency.by}" searches with model.start, which is "scratch"; use by = "bm25"')
+        if self.hybrid_teacher is not None:
+            if "distilled" in self.skip:
+                raise ValueError("[hybrid_teacher] teaches the distilled retriever, which `skip` leaves out; drop one of the two")
+            if self.hybrid_teacher.alone and (self.teacher.extra or self.distilled_mining.model_fields_set):
+                raise ValueError(
+                    "hybrid_teacher.alone keeps other teachers out, but teacher.extra or [distilled_mining] asks for them; "
+                    "set hybrid_teacher.alone = false, or leave them out"
+                )
+            if self.hybrid_teacher.dense == "start" and self.model.start == "scratch":
+                raise ValueError('hybrid_teacher.dense = "start" is model.start, which is "scratch"; use dense = "best"')
+        return self
+
+    @model_validator(mode="after")
+    def _rerankers_fit(self) -> Recipe:
+        if self.reranker.compare and "reranker" in self.skip:
+            raise ValueError("reranker.compare trains re-rankers, which `skip` leaves out; drop one of the two")
+        if self.teacher.extra and "distilled" in self.skip:
+            raise ValueError("teacher.extra scores for the distilled retriever, which `skip` leaves out; drop one of the two")
+        if self.distilled_mining.model_fields_set and "reranker" in self.skip:
+            raise ValueError("[distilled_mining] reads the scores of the recipe's re-ranker, which `skip` leaves out; drop one of the two")
+        return self
+
     @field_validator("name")
     @classmethod
     def _plain_name(cls, name: str) -> str:
         if not name or name.strip(".") == "" or any(character in name for character in "/\\\0"):
             raise ValueError("a name is a plain folder name")
         return name
+
+
+def _mining_key(recipe: Recipe, part: MiningPart, key: str) -> str:
+    """The key that a part's mining setting was given by."""
+    own: MiningSettings = getattr(recipe, f"{part}_mining")
+    inherited = recipe.reranker_mining if part == "distilled" else recipe.mining
+    if key in own.model_fields_set:
+        return f"{part}_mining.{key}"
+    return f"reranker_mining.{key}" if part == "distilled" and key in inherited.model_fields_set else f"mining.{key}"
+
+
+def _check_mix(recipe: Recipe, part: MiningPart) -> None:
+    """ValueError if the runs that a part's negatives are to be taken from are not there when it is their turn."""
+    mix, key = recipe.mining_of(part).mix, _mining_key(recipe, part, "mix")
+    for source in mix:
+        if source not in MIX_SOURCES:
+            raise ValueError(f"{key}: unknown run {source!r}{nearest(source, MIX_SOURCES)} (known: {', '.join(MIX_SOURCES)})")
+    if part == "retriever1" and "dense" in mix:
+        raise ValueError(
+            f'{key}: before retriever 1 no dense retriever is trained; take "start" for it, '
+            "or put the mix into [retriever2_mining] and [reranker_mining]"
+        )
+    if "start" in mix and recipe.model.start == "scratch":
+        raise ValueError(f'{key}: "start" needs a starting model that retrieves, model.start is "scratch"')
+
+
+def _check_teacher(recipe: Recipe, part: MiningPart) -> None:
+    """ValueError if the settings of a part's teacher filter do not fit together."""
+    settings = recipe.mining_of(part)
+    teacher, margin = _mining_key(recipe, part, "teacher"), _mining_key(recipe, part, "teacher_margin")
+    if part == "distilled":
+        if settings.teacher != "reranker" or settings.teacher_margin is None:
+            raise ValueError(
+                "distilled_mining mines among what the re-ranker of the recipe has scored: set "
+                'distilled_mining.teacher = "reranker" and distilled_mining.teacher_margin, or leave the section out'
+            )
+        own = recipe.distilled_mining
+        if "teacher_unscored" in own.model_fields_set and own.teacher_unscored == "keep":
+            raise ValueError('distilled_mining.teacher_unscored: distillation needs a score for every pair, so only "drop" fits')
+    elif settings.teacher == "reranker":
+        raise ValueError(
+            f"{teacher}: the recipe's re-ranker is trained on these negatives, so it cannot filter them; "
+            "name a finished cross-encoder, or put it into [distilled_mining]"
+        )
+    elif settings.teacher is None and settings.teacher_margin is not None:
+        raise ValueError(f"{margin} compares a teacher's scores: name a cross-encoder in {teacher}")
+    elif settings.teacher is not None and settings.teacher_margin is None:
+        raise ValueError(f"{teacher} has no effect without {margin}; give that too, for example 1.0")
+    elif settings.teacher is None and settings.teacher_unscored == "drop":
+        raise ValueError(f"{_mining_key(recipe, part, 'teacher_unscored')} has no effect without {teacher}")
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -591,7 +1046,9 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
         field = model.model_fields.get(str(part)) if isinstance(model, type) and issubclass(model, BaseModel) else None
         if field is None:
             return []
-        model = field.annotation
+        # Of `Section | None` the section.
+        kinds = [one for one in get_args(field.annotation) if isinstance(one, type) and issubclass(one, Section)]
+        model = kinds[0] if kinds else field.annotation
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
 
 

@@ -84,6 +84,16 @@ class Ranks:
 
             torch.distributed.barrier()
 
+    def gather(self, value: Value) -> list[Value]:
+        """The values of all ranks, by rank, on every rank."""
+        if self.num_ranks == 1:
+            return [value]
+        import torch.distributed
+
+        values: list[Any] = [None] * self.num_ranks
+        torch.distributed.all_gather_object(values, value)
+        return values
+
     def from_first(self, compute: Callable[[], Value]) -> Value:
         """What rank 0 computes, on every rank."""
         if self.num_ranks == 1:

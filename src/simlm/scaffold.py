@@ -65,8 +65,8 @@ def write_recipe(source: Path, output: Path | None, *, force: bool = False) -> t
     ]
     if not counts.get("train"):
         lines.append(
-            "no training queries: the recipe pre-trains, and builds BM25 and the indexes; "
-            "add queries and qrels for `train` to get a trained retriever"
+            "no training queries: the recipe makes queries from the passages and trains on those; "
+            "with queries and qrels for `train`, run `simlm init` again"
         )
     return path, "\n".join(lines)
 
@@ -85,6 +85,7 @@ def _render(name: str, data: dict[str, Any], counts: dict[str, int], machine: Ma
         "data": "\n".join(f"{key} = {_toml(value)}" for key, value in data.items()),
         "start": "bert-base-uncased" if gpu else "packaged:all-MiniLM-L6-v2",
         "start_note": "a hub id or a path works too" if gpu else "ships with simlm[packaged]; a hub id or a path works too",
+        "no_labels_start": "sentence-transformers/all-MiniLM-L6-v2" if gpu else "packaged:all-MiniLM-L6-v2",
         "pooling": "cls" if gpu else "mean",
         "generator": "google/electra-base-generator" if gpu else "train",
         "pretrain_batch": min(2048 if gpu else 128, passages),
@@ -104,7 +105,13 @@ def _render(name: str, data: dict[str, Any], counts: dict[str, int], machine: Ma
         "rerank_depth": 200 if gpu else 20,
         "depth": min(200 if gpu else 100, max(passages, 1)),
     }
-    return re.sub(r"@(\w+)@", lambda match: str(values[match.group(1)]), TEMPLATE)
+    if not train:
+        # As many as give the same steps as real queries would; more passages give more.
+        made = min(200_000 if gpu else 6_000, 4 * passages)
+        share = 3.0 if gpu else max(0.1, min(1.0, 2_000 / made))
+        values |= {"made": made, "epochs": round(share, 2), "distilled_epochs": round(share, 2)}
+    template = TEMPLATE if train else NO_LABELS_TEMPLATE
+    return re.sub(r"@(\w+)@", lambda match: str(values[match.group(1)]), template)
 
 
 def _toml(value: Any) -> str:
@@ -194,5 +201,89 @@ depth = @rerank_depth@
 depth = 1000
 
 [evaluate]
+measures = ["RR@10", "nDCG@10", "R@50", "R@100", "R@1000"]
+"""
+
+NO_LABELS_TEMPLATE = """\
+# Written by `simlm init`. Found: @found@.
+# Sized for: @machine@.
+# Without labels: queries are made from the passages; BM25 and the starting model together teach the retriever (docs/no-labels.md).
+# Every key has a default; `simlm plan` says what each step will take. Unknown keys are errors.
+name = "@name@"                 # results go to runs/@name@
+seed = 42
+skip = ["pretrain", "retriever2"]   # "retriever2" out: without labels it serves only as a row of the report
+
+[data]
+@data@
+# on_bad_record = "skip"            # leave broken records out and count them instead of stopping
+
+[prepare]
+max_passage_tokens = 144        # title and text together; longer passages are cut
+max_query_tokens = 32
+
+[model]                         # one that retrieves already: without labels it is what there is to build on
+start = "@no_labels_start@"   # @start_note@
+pooling = "mean"                # as this checkpoint was trained
+
+[pseudo_queries]
+num_queries = @made@
+kinds = { title_keywords = 1, keywords = 1, first_sentence = 1, crop = 1, cloze = 1, title = 0.5 }
+# Better, where there is a language model behind an OpenAI-compatible endpoint:
+# kinds = { ask_question = 2, ask_keywords = 1, keywords = 1, crop = 1 }
+# endpoint = { url = "http://127.0.0.1:8000/v1", model = "NAME" }
+
+[consistency]                   # a query stays if it finds its passage again
+by = "hybrid"
+within = 10
+trivial_share = 0.5             # at most half of them found by words alone
+
+[mining]
+depth = @depth@
+
+[reranker_mining]
+mix = { bm25 = 0.5, dense = 0.5 }
+
+[hybrid_teacher]                # BM25 and the starting model; alone = false lets the re-ranker teach too
+dense_weight = 0.6
+depth = @teacher_depth@
+
+[retriever1]
+queries_per_step = 32           # over all devices together
+group_size = @group@                 # 1 positive + negatives
+micro_batch_tokens = @micro@       # memory depends on it, the result does not
+[retriever1.training]           # any option of transformers.TrainingArguments
+learning_rate = 1e-5            # plain contrastive training on made queries can hurt a strong start
+num_train_epochs = @epochs@
+
+[reranker]                      # cross-encoder: re-ranks the top of the search
+queries_per_step = 32
+group_size = @reranker_group@
+train_hardest = @hardest@
+max_pair_tokens = @pair_tokens@
+micro_batch_tokens = @micro@
+[reranker.training]
+learning_rate = 3e-5
+num_train_epochs = @epochs@
+
+[distilled]                     # the retriever to use
+initial = "start"
+queries_per_step = 32
+group_size = @distilled_group@
+micro_batch_tokens = @micro@
+[distilled.training]
+learning_rate = 3e-5
+num_train_epochs = @distilled_epochs@
+
+[hybrid]                        # what to search with: BM25 and the distilled retriever
+method = "score"
+dense_weight = 0.6
+
+[rerank]
+depth = @rerank_depth@
+
+[search]
+depth = 1000
+
+[evaluate]                      # on the test queries, where there are any, else on made dev queries
 measures = ["RR@10", "nDCG@10", "R@50", "R@100", "R@1000"]
 """

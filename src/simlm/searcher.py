@@ -11,6 +11,7 @@ from simlm.types import ScoredPassage
 
 if TYPE_CHECKING:
     from simlm.data.store import Store
+    from simlm.models.precision import Precision
 
 Mode = Literal["dense", "bm25", "hybrid"]
 RETRIEVERS = {
@@ -20,7 +21,8 @@ RETRIEVERS = {
     "start": "",
     "pretrained_encoder": "pretrained",
 }
-"""Name -> model folder in the run ("" = the starting model as it is); best first: the order in which they are looked for."""
+"""Name -> model folder in the run ("" = the starting model as it is); best first: the order in which they are looked for. Later rounds of
+retriever 2 (retriever2_round2 ...) come before it, the last first."""
 CANDIDATES = 200
 """Passages fetched from each part before fusing (the paper's depth)."""
 RERANKED = 50
@@ -51,11 +53,11 @@ class Searcher:
         self.store: Store = Store.open(folder / "store")
         self.dense: tuple[Any, Any] | None = self._open_dense(retriever) if mode != "bm25" else None
         self.bm25: Any = self._open_index("bm25") if mode != "dense" else None
-        self.dense_weight, self.constant = self._fusion()
+        self.dense_weight, self.constant, self.method = self._fusion()
         self.reranker: Any = self._open_reranker() if rerank else None
 
     def search(self, query: str, *, depth: int = 10) -> list[ScoredPassage]:
-        """The best `depth` passages, best first. Scores: cosine, BM25, fused reciprocal ranks, or the re-ranker's logits."""
+        """The best `depth` passages, best first. Scores: cosine, BM25, the two fused, or the re-ranker's logits."""
         if depth < 1:
             raise SimlmError(f"depth {depth}: at least 1 was expected")
         fetched = max(depth, CANDIDATES if self.mode == "hybrid" else 0, RERANKED if self.reranker else 0)
@@ -84,7 +86,8 @@ class Searcher:
         }
         if self.mode != "hybrid":
             return lists[self.mode]
-        rows, scores = fuse_lists(lists["dense"][0], lists["bm25"][0], dense_weight=self.dense_weight, constant=self.constant, depth=depth)
+        fusion = {"dense_weight": self.dense_weight, "constant": self.constant, "method": self.method}
+        rows, scores = fuse_lists(lists["dense"], lists["bm25"], depth=depth, **fusion)
         return [int(row) for row in rows], [float(score) for score in scores]
 
     def _rerank(self, query: str, rows: list[int]) -> tuple[list[int], list[float]]:
@@ -97,37 +100,41 @@ class Searcher:
         from simlm.models.retriever import load_retriever
         from simlm.recipe import ModelSettings
 
-        if retriever is not None and retriever not in RETRIEVERS:
-            raise SimlmError(f"no retriever {retriever!r}{nearest(retriever, RETRIEVERS)}; a run may have: {', '.join(RETRIEVERS)}")
-        names = [retriever] if retriever else list(RETRIEVERS)
-        have = [name for name in RETRIEVERS if (self.folder / f"{name}_index").is_dir()]
+        known = _retrievers(self.folder)
+        if retriever is not None and retriever not in known:
+            raise SimlmError(f"no retriever {retriever!r}{nearest(retriever, known)}; a run may have: {', '.join(known)}")
+        names = [retriever] if retriever else list(known)
+        have = [name for name in known if (self.folder / f"{name}_index").is_dir()]
         for name in names:
             if name not in have:
                 continue
             index = self._open_index(f"{name}_index")
-            if not RETRIEVERS[name]:
-                model = ModelSettings.model_validate(read_manifest(self.folder / "start_embeddings", "embeddings").settings["model"])
-                return load_retriever(model, max_query_tokens=int(self.store.info["max_query_tokens"])), index
-            folder = open_artifact(self.folder / RETRIEVERS[name], "model")
-            encoded = read_manifest(self.folder / f"{name}_embeddings", "embeddings").inputs.get("model")
-            self._check_same(f"{name}_embeddings", encoded, RETRIEVERS[name], folder.manifest.fingerprint)
+            encoded = read_manifest(self.folder / f"{name}_embeddings", "embeddings")
+            # Of a run whose recipe wants speed, on whatever machine it is asked now.
+            precision: Precision = "fast" if encoded.settings.get("precision") in ("int8", "fast") else "fp32"
+            if not known[name]:
+                model = ModelSettings.model_validate(encoded.settings["model"])
+                return load_retriever(model, precision=precision, max_query_tokens=int(self.store.info["max_query_tokens"])), index
+            folder = open_artifact(self.folder / known[name], "model")
+            self._check_same(f"{name}_embeddings", encoded.inputs.get("model"), known[name], folder.manifest.fingerprint)
             if name == "pretrained_encoder":
-                settings = ModelSettings.model_validate(read_manifest(self.folder / f"{name}_embeddings").settings["model"])
-                return load_retriever(settings.model_copy(update={"start": str(folder.path)})), index
-            return load_retriever(folder.path), index
+                settings = ModelSettings.model_validate(encoded.settings["model"])
+                return load_retriever(settings.model_copy(update={"start": str(folder.path)}), precision=precision), index
+            return load_retriever(folder.path, precision=precision), index
         raise ArtifactError(
             f"{self.folder}: no finished index of {' or '.join(names)} (finished here: {', '.join(have) or 'none'}); "
             "run the recipe to its end, or use --bm25"
         )
 
     def _open_index(self, name: str) -> Any:
+        from simlm.data.store import passages_fingerprint
         from simlm.index import open_index
 
         if not (self.folder / name).is_dir():
             raise ArtifactError(f"{self.folder}: no finished index {name!r}; run the recipe again, finished steps are skipped")
-        made_from = read_manifest(self.folder / name, "index").inputs.get("store")
-        self._check_same(name, made_from, "store", read_manifest(self.folder / "store").fingerprint)
-        return open_index(self.folder / name)
+        index = open_index(self.folder / name)
+        self._check_same(name, index.info["store_fingerprint"], "store", passages_fingerprint(self.folder / "store"))
+        return index
 
     def _check_same(self, name: str, made_from: str | None, source: str, fingerprint: str) -> None:
         """Refuse an artifact that was made from an earlier version of what lies beside it: its rows would mean other passages."""
@@ -144,12 +151,20 @@ class Searcher:
         open_artifact(self.folder / "reranker", "model")
         return load_reranker(self.folder / "reranker")
 
-    def _fusion(self) -> tuple[float, float]:
-        """Weight and constant that the run's hybrid step settled on; equal weights where there is none."""
+    def _fusion(self) -> tuple[float, float, Any]:
+        """Weight, constant and method that the run's hybrid step settled on; equal weights where there is none."""
         if (self.folder / "hybrid_run").is_dir():
             manifest = read_manifest(self.folder / "hybrid_run", "run")
-            return float(manifest.facts.get("dense_weight", 0.5)), float(manifest.settings.get("constant", 60.0))
-        return 0.5, 60.0
+            weight, constant = float(manifest.facts.get("dense_weight", 0.5)), float(manifest.settings.get("constant", 60.0))
+            return weight, constant, manifest.settings.get("method", "rank")
+        return 0.5, 60.0, "rank"
+
+
+def _retrievers(folder: Path) -> dict[str, str]:
+    """RETRIEVERS with the rounds that a run has."""
+    numbers = (path.name.removeprefix("retriever2_round").removesuffix("_index") for path in folder.glob("retriever2_round*_index"))
+    rounds = [f"retriever2_round{number}" for number in sorted((int(text) for text in numbers if text.isdigit()), reverse=True)]
+    return {"distilled": RETRIEVERS["distilled"]} | {name: name for name in rounds} | RETRIEVERS
 
 
 def example_query(folder: Path) -> str:

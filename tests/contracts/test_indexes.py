@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from simlm.artifacts import MANIFEST, build_artifact, write_json
+from simlm.artifacts import MANIFEST, build_artifact, peak_memory_bytes, reset_peak_memory, write_json
 from simlm.errors import ArtifactError, RecipeError, ShapeError
 from simlm.index import INDEXES, INFO, Index, check_options, flat, index_class, load_index, open_index
 from simlm.index.flat import FlatIndex
@@ -274,6 +274,51 @@ def test_flat_is_exact_with_ties_whatever_the_blocks(build: Build, memory_bytes:
     np.testing.assert_array_equal(rows[:, :found], best)
     np.testing.assert_array_equal(scores[:, :found], np.take_along_axis(exact, best, axis=1))
     assert (rows[:, found:] == -1).all()
+
+
+@pytest.mark.parametrize("depth", [1, 30, 2000])
+def test_flat_gives_the_same_bits_for_any_memory(build: Build, depth: int) -> None:
+    # Several tiles of queries and of passages, with a rest of each.
+    passages, queries = vectors_of(3500, 1), vectors_of(1100, 2)
+    built = build("flat", passages)
+    index = FlatIndex(built.folder, built.info)
+    scores, rows = index.search(queries, depth)
+    exact = queries.astype(np.float64) @ passages.T.astype(np.float64)
+    best = np.sort(-exact, axis=1)[:, :depth]
+    np.testing.assert_allclose(scores, -best, atol=1e-6)
+    np.testing.assert_allclose(np.take_along_axis(exact, rows, axis=1), -best, atol=1e-6)
+    for memory_bytes in (1, 100 * 2**20, 2**31):
+        for left, right in zip(index.search(queries, depth, memory_bytes=memory_bytes), (scores, rows), strict=True):
+            assert left.tobytes() == right.tobytes()
+
+
+def test_flat_ranks_negative_zero_and_infinite_scores(build: Build) -> None:
+    # Scores of the query (1, 0, ...): 0.0, -0.0, -1, 1, -inf, nan, 0.0.
+    passages = np.zeros((7, DIM), dtype=np.float32)
+    passages[:, 0] = [0.0, -0.0, -1.0, 1.0, -np.inf, np.nan, 0.0]
+    queries = np.zeros((1, DIM), dtype=np.float32)
+    queries[0, 0] = 1
+    index = build("flat", passages[:, :1])
+    scores, rows = index.search(queries[:, :1], 7)
+    assert rows.tolist() == [[3, 0, 1, 6, 2, -1, -1]]
+    assert scores.tolist() == [[1.0, 0.0, 0.0, 0.0, -1.0, -np.inf, -np.inf]]
+
+
+def test_flat_keeps_to_its_memory(build: Build) -> None:
+    # Ever better passages: each one is a candidate. 3 tiles of queries, 40 of passages.
+    passages = np.sort(np.random.default_rng(0).random((40 * flat.TILE, 1)).astype(np.float32), axis=0)
+    built = build("flat", passages)
+    index = FlatIndex(built.folder, built.info)
+    queries = np.ones((flat.TILE, 1), dtype=np.float32)
+    index.search(queries[:2], 5)
+    peaks = {}
+    for budget in (128 * 2**20, 2**31):
+        reset_peak_memory()
+        before = peak_memory_bytes()
+        _, rows = index.search(queries, 5, memory_bytes=budget)
+        peaks[budget] = peak_memory_bytes() - before
+        assert rows[7].tolist() == [40 * flat.TILE - 1 - place for place in range(5)]
+    assert peaks[128 * 2**20] < 128 * 2**20 < 300 * 2**20 < peaks[2**31], peaks
 
 
 def test_flat_takes_queries_in_pieces(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:

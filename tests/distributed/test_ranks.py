@@ -23,7 +23,9 @@ from simlm.training.trainer import train
 from tests.golden.test_finetuning_steps import ToyEncoder, make_groups
 from tests.unit.test_trainer import FakeContext
 
-KINDS = ("query_to_passages", "all_pairs", "distill", "listwise")
+KINDS = ("query_to_passages", "all_pairs", "learned", "distill", "listwise")
+SHARDED = ("learned",)
+"""Kinds that several processes train with training.fsdp."""
 
 
 def make_task(kind: Any, store: Store, rank: int, num_ranks: int) -> tuple[nn.Module, nn.Module, Any]:
@@ -34,7 +36,10 @@ def make_task(kind: Any, store: Store, rank: int, num_ranks: int) -> tuple[nn.Mo
         settings = RerankerSettings(train_hardest=2, rdrop_weight=0.0, **shared)
         model = ToyEncoder(1)
         return model, ListwiseTask(model, settings), ListBatches(store, groups, settings, 4)
-    chosen = DistillSettings(**shared) if kind == "distill" else RetrieverSettings(contrast=kind, **shared)
+    if kind == "learned":
+        chosen = RetrieverSettings(temperature_mode="learned", temperature_learning_rate=0.05, **shared)
+    else:
+        chosen = DistillSettings(**shared) if kind == "distill" else RetrieverSettings(contrast=kind, **shared)
     model = ToyEncoder(6)
     return model, ContrastiveTask(model, chosen, rank=rank, num_ranks=num_ranks), ContrastiveBatches(store, groups, chosen, 4)
 
@@ -43,17 +48,20 @@ def train_all(store: Store, folder: Path, rank: int, num_ranks: int) -> dict[str
     """Train each kind; {kind: log lines}, weights in files."""
     torch.set_num_threads(1)
     # SGD: its steps are proportional to the gradient, which AdamW would hide.
-    settings = TrainingSettings(
-        learning_rate=0.5, max_grad_norm=1e9, warmup_steps=0.0, bf16=False, use_cpu=True, logging_steps=1, optim="sgd"
-    )
+    options: dict[str, Any] = {"learning_rate": 0.5, "max_grad_norm": 1e9, "warmup_steps": 0.0, "bf16": False, "use_cpu": True}
+    options |= {"logging_steps": 1, "optim": "sgd"}
     logs = {}
     for kind in KINDS:
         work = folder / kind
         (work / "resume").mkdir(parents=True, exist_ok=True)
         model, task, batches = make_task(kind, store, rank, num_ranks)
         context = FakeContext(work, rank=rank, num_ranks=num_ranks)
+        settings = TrainingSettings(**options, fsdp=kind in SHARDED and num_ranks > 1)
         result = train(task, batches, settings=settings, context=context, dev=lambda model=model: {"sum": float(model.layer.weight.sum())})
         logs[kind] = {"loss": result.loss, "accuracy": result.measures["accuracy"], "dev": result.dev}
+        if kind == "learned":
+            assert task.facts()["temperature"] != pytest.approx(0.02, rel=0.01)
+            logs[kind]["temperature"] = task.facts()["temperature"]
         if rank == 0:
             safetensors.torch.save_file(model.state_dict(), work / "model.safetensors")
     (folder / f"logs-{rank}.json").write_text(json.dumps(logs), encoding="utf-8")
@@ -105,6 +113,7 @@ def test_the_number_of_processes_changes_nothing(tiny_store: Store, tmp_path: Pa
             assert together[kind]["loss"] == pytest.approx(alone[kind]["loss"], rel=1e-5), kind
             assert together[kind]["accuracy"] == pytest.approx(alone[kind]["accuracy"], abs=1e-6), kind
             assert together[kind]["dev"]["sum"] == pytest.approx(alone[kind]["dev"]["sum"], abs=1e-4), kind
+        assert together["learned"]["temperature"] == pytest.approx(alone["learned"]["temperature"], rel=1e-6)
     for kind in KINDS:
         start = make_task(kind, tiny_store, 0, 1)[0].state_dict()
         one, many = (safetensors.torch.load_file(tmp_path / folder / kind / "model.safetensors") for folder in ("one", "many"))

@@ -26,6 +26,10 @@ def overrides(name: str, folder: Path) -> list[str]:
             *changes,
             'data.options={packages=["json", "logging", "argparse"], train_queries=40, dev_queries=8, test_queries=12, max_passages=100}',
         ]
+    if name == "no_labels":
+        changes += ["pseudo_queries.num_queries=120", 'consistency.by="bm25"', 'hybrid_teacher.dense="best"']
+    if name == "compare_rerankers":
+        changes += ["skip=[]", 'reranker.compare=["pretrained"]']
     return [*changes, f"data.path={json.dumps(str(write_beir(folder / 'data')))}"]
 
 
@@ -35,7 +39,9 @@ def test_recipe_runs_at_toy_size(name: str, tmp_path: Path) -> None:
     folder = run_recipe(recipe, quiet=True)
     metrics = json.loads((folder / "report" / "metrics.json").read_text(encoding="utf-8"))
     # A model that starts from scratch has no `start` row: there is nothing to measure as it is.
-    assert [row["name"] for row in metrics["rows"]] == [row for row in ROWS if row != "start"]
+    compared = [f"reranker_from_{initial}" for initial in recipe.reranker.compare]
+    after = ROWS.index("reranker") + 1
+    assert [row["name"] for row in metrics["rows"]] == [row for row in [*ROWS[:after], *compared, *ROWS[after:]] if row != "start"]
     for row in metrics["rows"]:
         for measure in recipe.evaluate.measures:
             assert 0.0 <= row["measures"][measure] <= 1.0

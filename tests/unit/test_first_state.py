@@ -81,7 +81,8 @@ def test_dropout_is_applied_in_training_only() -> None:
 
 def test_other_architectures_and_poolings_go_the_whole_way() -> None:
     assert has_shortcut(fresh("bert"))
-    assert not has_shortcut(load_encoder(ModelSettings(start="scratch", config={"model_type": "distilbert", "vocab_size": 40, "dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2})))  # fmt: skip
+    distilbert = {"model_type": "distilbert", "vocab_size": 40, "dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2}
+    assert not has_shortcut(load_encoder(ModelSettings(start="scratch", config=distilbert)))
     decoder = fresh("bert")
     decoder.config.is_decoder = True
     assert not has_shortcut(decoder)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from simlm.data.groups import TrainingGroups, share_of_rank, teacher_groups
+from simlm.data.groups import Ambiguous, TrainingGroups, share_of_rank
 from simlm.errors import DataError, RecipeError
-from simlm.rankings import Groups, Run, offsets_of
+from simlm.rankings import Groups, offsets_of
 
 
 def make_groups(positives: list[list[int]], negatives: list[list[int]]) -> Groups:
@@ -64,6 +64,113 @@ def test_negatives_do_not_come_again_before_all_have_been_seen() -> None:
     groups = make(FIVE)  # 6 candidates, 2 an epoch: 3 epochs a round
     walked = np.concatenate([groups.choose(0, epoch)[0][1:] for epoch in range(6)])
     assert sorted(walked[:6]) == sorted(walked[6:]) == [10, 11, 12, 13, 14, 15]
+
+
+@pytest.mark.parametrize(("length", "group_size"), [(7, 3), (7, 4), (5, 6), (4, 5), (1, 2), (9, 2), (10, 4)])
+def test_each_negative_is_seen_within_a_round_and_none_twice_before_all(length: int, group_size: int) -> None:
+    made = make_groups([[0]], [list(range(10, 10 + length))])
+    groups = make(made, group_size=group_size)
+    wanted = group_size - 1
+    for first in (0, 3):
+        walked = [groups.choose(0, first + epoch)[0][1:].tolist() for epoch in range(-(-length // wanted))]
+        assert {row for rows in walked for row in rows} == set(range(10, 10 + length))
+        assert all(len(set(rows)) == min(wanted, length) for rows in walked)
+    flat = [row for epoch in range(3 * length) for row in groups.choose(0, epoch)[0][1:].tolist()]
+    for start in range(0, len(flat) - length + 1, length):
+        assert len(set(flat[start : start + length])) == length
+
+
+def scored(scores: list[float], positive: float | list[float], **sources: object) -> Groups:
+    """One query with positives 0, 1 ... and negatives 10, 11 ... of these scores."""
+    positives = positive if isinstance(positive, list) else [positive]
+    return Groups(
+        "train",
+        np.array([10]),
+        offsets_of([len(positives)]),
+        np.arange(len(positives)),
+        np.array(positives, dtype=np.float32),
+        offsets_of([len(scores)]),
+        np.arange(10, 10 + len(scores)),
+        np.array(scores, dtype=np.float32),
+        **sources,  # type: ignore[arg-type]
+    )
+
+
+def test_ambiguous_weights_by_hand() -> None:
+    # Scores 1, 3, 5, 7: standard deviation sqrt(5). The positive scores 5, so z = -4, -2, 0, 2 over sqrt(5); z^2 = 3.2, 0.8, 0, 0.8.
+    groups = scored([7, 5, 3, 1], 5.0)
+    np.testing.assert_allclose(Ambiguous(0.5, 0.0).log_weights(groups, 0, 0), [-0.4, 0.0, -0.4, -1.6], atol=1e-12)
+    # b moves the top: at z = b = 2 / sqrt(5) it is the negative that scores 7.
+    np.testing.assert_allclose(Ambiguous(1.0, 2 / 5**0.5).log_weights(groups, 0, 0), [0.0, -0.8, -3.2, -7.2], atol=1e-12)
+
+
+def test_ambiguous_weights_do_not_depend_on_the_scale_of_the_scores() -> None:
+    weights = Ambiguous(0.5, 0.3).log_weights(scored([7, 5, 3, 1], 5.0), 0, 0)
+    np.testing.assert_allclose(Ambiguous(0.5, 0.3).log_weights(scored([107, 105, 103, 101], 105.0), 0, 0), weights, atol=1e-9)
+    np.testing.assert_allclose(Ambiguous(0.5, 0.3).log_weights(scored([0.7, 0.5, 0.3, 0.1], 0.5), 0, 0), weights, atol=1e-5)
+
+
+def test_ambiguous_weights_where_something_is_missing() -> None:
+    # The positive is not in the run: taken to score like the last candidate. Equal scores: all alike, and no division by zero.
+    unknown = Ambiguous(0.5, 0.0).log_weights(scored([7, 5, 3, 1], float("nan")), 0, 0)
+    np.testing.assert_allclose(unknown, [-3.6, -1.6, -0.4, 0.0], atol=1e-12)
+    assert Ambiguous(0.5, 0.0).log_weights(scored([2, 2, 2], 9.0), 0, 0).tolist() == [0.0, 0.0, 0.0]
+    assert Ambiguous(0.5, 0.0).log_weights(scored([2], 9.0), 0, 0).tolist() == [0.0]
+    assert Ambiguous(0.5, 0.0).log_weights(scored([], 9.0), 0, 0).tolist() == []
+
+
+def test_ambiguous_weights_go_by_the_positive_of_the_group() -> None:
+    groups = scored([7, 5, 3, 1], [7.0, 1.0])
+    assert int(np.argmax(Ambiguous(0.5, 0.0).log_weights(groups, 0, 0))) == 0
+    assert int(np.argmax(Ambiguous(0.5, 0.0).log_weights(groups, 0, 1))) == 3
+
+
+def test_ambiguous_weights_compare_scores_of_one_run_only() -> None:
+    # From the first run: 7 and 1 (deviation 3), the positive scores 7; from the second: 0.7 and 0.1 (0.3), the positive scores 0.1.
+    sources = {"negative_sources": np.array([0, 1, 0, 1], dtype=np.int8), "source_positive_scores": np.array([[7.0], [0.1]], np.float32)}
+    groups = scored([7, 0.7, 1, 0.1], 7.0, **sources)
+    np.testing.assert_allclose(Ambiguous(0.5, 0.0).log_weights(groups, 0, 0), [0.0, -2.0, -2.0, 0.0], atol=1e-6)
+
+
+def test_ambiguous_draws_follow_the_weights() -> None:
+    groups = scored([7, 5, 3, 1], 5.0)
+    drawn = make(groups, group_size=2, sampling=Ambiguous(0.5, 0.0))
+    counts = np.bincount([int(drawn.choose(0, epoch)[0][1]) - 10 for epoch in range(8000)], minlength=4)
+    expected = np.exp([-0.4, 0.0, -0.4, -1.6])
+    np.testing.assert_allclose(counts / 8000, expected / expected.sum(), atol=0.02)
+    # Two of a group: the second follows the weights of what is left.
+    pairs = [tuple(make(groups, group_size=3, sampling=Ambiguous(0.5, 0.0)).choose(0, epoch)[0][1:] - 10) for epoch in range(4000)]
+    after_the_top = np.bincount([second for first, second in pairs if first == 1], minlength=4)
+    rest = expected.copy()
+    rest[1] = 0.0
+    np.testing.assert_allclose(after_the_top / after_the_top.sum(), rest / rest.sum(), atol=0.04)
+
+
+def test_ambiguous_draws_have_no_negative_twice_and_are_a_function_of_seed_epoch_and_query() -> None:
+    groups = make(FIVE, group_size=5, sampling=Ambiguous(0.02, 0.0))
+    for epoch in range(20):
+        rows, scores = groups.choose(1, epoch)
+        assert len(set(rows.tolist())) == 5
+        np.testing.assert_array_equal(scores, rows.astype(np.float32) + 0.5)
+        np.testing.assert_array_equal(make(FIVE, group_size=5, sampling=Ambiguous(0.02, 0.0)).choose(1, epoch)[0], rows)
+    epochs = {tuple(groups.choose(1, epoch)[0]) for epoch in range(20)}
+    assert len(epochs) > 4
+    reseeded = make(FIVE, group_size=5, sampling=Ambiguous(0.02, 0.0), seed=8)
+    assert any((reseeded.choose(1, epoch)[0] != groups.choose(1, epoch)[0]).any() for epoch in range(5))
+    assert any((groups.choose(0, epoch)[0][1:] - 10 != groups.choose(1, epoch)[0][1:] - 20).any() for epoch in range(5))
+
+
+def test_ambiguous_draws_from_short_and_empty_lists() -> None:
+    made = make_groups([[0], [1]], [[5, 6], []])
+    groups = make(made, num_passages=9, group_size=5, sampling=Ambiguous(0.5, 0.0))
+    rows = groups.choose(0, 0)[0][1:].tolist()
+    assert sorted(rows) == [5, 5, 6, 6] and rows[:2] == rows[2:]
+    assert np.isnan(groups.choose(1, 0)[1][1:]).all()  # random passages, as for the walk
+
+
+def test_ambiguous_draws_need_scores() -> None:
+    with pytest.raises(DataError, match="a negative of query row 10 has none"):
+        make(scored([2.0, float("nan")], 9.0), sampling=Ambiguous(0.5, 0.0))
 
 
 def test_positives_take_turns() -> None:
@@ -131,50 +238,6 @@ def test_relevant_passages_are_no_negatives() -> None:
     pairs = np.eye(3, dtype=bool)
     pairs[first, second] = pairs[second, first] = True
     np.testing.assert_array_equal(excluded_QQ, pairs)
-
-
-# --- teacher scores
-
-
-def teacher_run(lists: dict[int, dict[int, float]]) -> Run:
-    return Run.from_lists("train", list(lists), [(list(scores), list(scores.values())) for scores in lists.values()])
-
-
-def taught(groups: Groups, lists: dict[int, dict[int, float]]) -> Groups:
-    return teacher_groups(groups, teacher_run(lists), query_id=lambda row: f"q{row}", passage_id=lambda row: f"p{row}").groups
-
-
-TWO = make_groups([[0], [1]], [[5, 6, 7], [8]])
-
-
-def test_teacher_scores_take_the_place_of_the_miners() -> None:
-    found = teacher_groups(
-        TWO, teacher_run({11: {8: -1.0, 1: 4.0}, 10: {0: 2.0, 6: 1.0, 5: -3.0}}), query_id=str, passage_id=str
-    )  # two negatives deep, in another order
-    assert (found.depth, found.num_constant) == (2, 0)
-    assert found.groups.negatives(0)[0].tolist() == [5, 6]
-    assert found.groups.negatives(0)[1].tolist() == [-3.0, 1.0]
-    assert found.groups.positives(1)[1].tolist() == [4.0]
-    assert found.groups.negatives(1)[1].tolist() == [-1.0]
-
-
-def test_missing_pairs_are_listed() -> None:
-    with pytest.raises(DataError, match=r"no score for 2 pairs .*\(q10, p5\), \(q11, p1\)"):
-        taught(TWO, {10: {0: 2.0, 6: 1.0}, 11: {8: 1.0}})
-    with pytest.raises(DataError, match=r"no score for 2 pairs .*\(q11, p1\), \(q11, p8\)"):
-        taught(TWO, {10: {0: 2.0, 5: 1.0}})
-
-
-def test_scores_that_are_not_finite_are_listed() -> None:
-    with pytest.raises(DataError, match=r"1 teacher scores are not finite numbers: \(q10, p5\)"):
-        taught(TWO, {10: {0: 2.0, 5: float("nan")}, 11: {1: 1.0, 8: 0.0}})
-
-
-def test_constant_scores() -> None:
-    found = teacher_groups(TWO, teacher_run({10: {0: 2.0, 5: 2.0}, 11: {1: 1.0, 8: 0.0}}), query_id=str, passage_id=str)
-    assert found.num_constant == 1
-    with pytest.raises(DataError, match="same score, for every query"):
-        taught(TWO, {10: {0: 2.0, 5: 2.0}, 11: {1: 1.0, 8: 1.0}})
 
 
 def test_a_distilled_query_needs_a_scored_negative() -> None:

@@ -30,6 +30,7 @@ LAYERS = {
     "stages": 4,
     "compare": 5,
     "estimates": 5,
+    "negative_report": 5,
     "pipeline": 5,
     "scaffold": 5,
     "searcher": 5,

@@ -79,6 +79,20 @@ def test_scores_stay_in_float32_under_autocast() -> None:
     torch.testing.assert_close(grouped, torch.ones(3, 1))
 
 
+def test_a_temperature_that_is_trained_gets_its_gradient() -> None:
+    # One positive with score 1 and one negative with score 0: loss = log(1 + exp(-1 / t)), d loss / d t = sigmoid(-1 / t) / t^2.
+    temperature = torch.tensor([0.5], requires_grad=True)
+    loss = info_nce(EYE, EYE, torch.tensor([0, 1]), temperature=temperature)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-2)), rel=1e-6)
+    assert temperature.grad is not None and temperature.grad.item() == pytest.approx(4 / (1 + math.exp(2)), rel=1e-5)
+
+
+def test_float64_stays() -> None:
+    assert similarity(EYE.double(), EYE.double(), temperature=0.5).dtype == torch.float64
+    assert group_scores(EYE.bfloat16(), EYE.bfloat16()[:, None]).dtype == torch.float32
+
+
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ShapeError, match="2 and of 3 dimensions"):
         info_nce(EYE, torch.zeros(2, 3), torch.tensor([0, 1]), temperature=1.0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from simlm.errors import ShapeError
-from simlm.losses.distillation import distillation_kl, teacher_entropy
+from simlm.losses.distillation import distillation_kl, listwise_likelihood, margin_mse, teacher_entropy
 from simlm.losses.listwise import hardest, listwise_cross_entropy, symmetric_kl
 
 HALVES = torch.tensor([[0.0, 0.0]])
@@ -70,6 +70,68 @@ def test_hardest_keeps_the_positive_and_the_best_scored() -> None:
     assert logits[0, 0] == -9.0  # not mutated
 
 
+def test_margin_mse_of_one_pair() -> None:
+    # Student (0.5, 0.1) at 0.5 has margin 0.8, teacher (3, 1) at 2 has margin 1.
+    loss = margin_mse(torch.tensor([[0.5, 0.1]]), torch.tensor([[3.0, 1.0]]), student_temperature=0.5, teacher_temperature=2.0)
+    assert loss.item() == pytest.approx(0.04, rel=1e-5)
+
+
+def test_margin_mse_is_a_mean_over_negatives_and_queries() -> None:
+    # Margins of the student 1, 2 and 0, 0; of the teacher 1, 1 and 1, 3: squares 0, 1, 1, 9.
+    student = torch.tensor([[1.0, 0.0, -1.0], [2.0, 2.0, 2.0]], requires_grad=True)
+    teacher = torch.tensor([[2.0, 1.0, 1.0], [0.0, -1.0, -3.0]], requires_grad=True)
+    loss = margin_mse(student, teacher, student_temperature=1.0, teacher_temperature=1.0)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert loss.item() == pytest.approx(11 / 4, rel=1e-6)
+    assert teacher.grad is None
+    # d / d student of row 1: 2 (s0 - s1 - 1) / 4 for negative 1, and so on; the positive gets minus the sum.
+    torch.testing.assert_close(student.grad, torch.tensor([[0.5, 0.0, -0.5], [-2.0, 0.5, 1.5]]))
+
+
+def test_margin_mse_of_a_constant_teacher_asks_for_equal_scores() -> None:
+    student = torch.tensor([[0.3, 0.1]], requires_grad=True)
+    margin_mse(student, HALVES, student_temperature=1.0, teacher_temperature=1.0).backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(student.grad, torch.tensor([[0.4, -0.4]]))
+
+
+WEIGHTS = torch.log(torch.tensor([[3.0, 2.0, 1.0]]))  # drawn with 3/6, 2/6, 1/6
+
+
+@pytest.mark.parametrize(
+    ("teacher", "likelihood"),
+    [
+        ([3.0, 2.0, 1.0], 3 / 6 * 2 / 3),
+        ([-1.0, 0.0, 100.0], 1 / 6 * 2 / 5),
+        ([2.0, 2.0, 1.0], 3 / 6 * 2 / 6),  # two in no order, each drawn from all three
+        ([1.0, 2.0, 1.0], 2 / 6 * 3 / 4 * 1 / 4),
+        ([5.0, 5.0, 5.0], 3 / 6 * 2 / 6 * 1 / 6),
+    ],
+)
+def test_listwise_likelihood_of_three(teacher: list[float], likelihood: float) -> None:
+    for temperature in (1.0, 0.02):
+        loss = listwise_likelihood(temperature * WEIGHTS, torch.tensor([teacher]), student_temperature=temperature)
+        assert loss.item() == pytest.approx(-math.log(likelihood), rel=1e-5)
+
+
+def test_listwise_likelihood_of_two_is_logistic() -> None:
+    student = torch.tensor([[0.2, 0.5], [0.2, 0.5]], requires_grad=True)
+    teacher = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], requires_grad=True)
+    loss = listwise_likelihood(student, teacher, student_temperature=0.1)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert loss.item() == pytest.approx((math.log(1 + math.exp(3)) + math.log(1 + math.exp(-3))) / 2, rel=1e-6)
+    assert teacher.grad is None
+    right, wrong = 1 / (1 + math.exp(3)) * 5, 1 / (1 + math.exp(-3)) * 5
+    torch.testing.assert_close(student.grad, torch.tensor([[-wrong, wrong], [right, -right]]))
+
+
+def test_a_constant_teacher_leaves_equal_scores_alone() -> None:
+    student = torch.zeros(1, 3, requires_grad=True)
+    loss = listwise_likelihood(student, torch.full((1, 3), 7.0), student_temperature=0.02)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert loss.item() == pytest.approx(3 * math.log(3), rel=1e-6)
+    torch.testing.assert_close(student.grad, torch.zeros(1, 3), rtol=0, atol=1e-5)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ShapeError, match="cannot keep 3 of lists of 2"):
         hardest(HALVES, 3)
@@ -77,3 +139,9 @@ def test_what_does_not_fit_is_refused() -> None:
         distillation_kl(HALVES, torch.zeros(1, 3), student_temperature=1.0, teacher_temperature=1.0)
     with pytest.raises(ShapeError, match="two passes"):
         symmetric_kl(HALVES, torch.zeros(2, 2))
+    with pytest.raises(ShapeError, match="teacher scores"):
+        margin_mse(HALVES, torch.zeros(1, 3), student_temperature=1.0, teacher_temperature=1.0)
+    with pytest.raises(ShapeError, match="teacher scores"):
+        listwise_likelihood(HALVES, torch.zeros(1, 3), student_temperature=1.0)
+    with pytest.raises(ShapeError, match="needs a negative"):
+        margin_mse(HALVES[:, :1], HALVES[:, :1], student_temperature=1.0, teacher_temperature=1.0)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from simlm.data.batches import collate, collate_pairs
 from simlm.errors import DataError, DiskError, ModelError
-from simlm.models import inference
 from simlm.models.backbone import load_encoder, load_masked_lm
 from simlm.models.biencoder import BiEncoder, pool
 from simlm.models.crossencoder import CrossEncoder
@@ -404,7 +403,7 @@ def test_bf16_is_near_fp32(retriever_folder: Path, reranker_folder: Path) -> Non
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_auto_is_bf16_where_the_processor_has_it(retriever_folder: Path, monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
-    monkeypatch.setattr(inference, "resolve_bf16", lambda wanted, device: fast if wanted == "auto" else wanted)
+    monkeypatch.setattr("simlm.models.precision.resolve_bf16", lambda wanted, device: fast if wanted == "auto" else wanted)
     assert load_retriever(retriever_folder, precision="auto").precision == ("bf16" if fast else "fp32")
     assert load_retriever(retriever_folder).precision == "fp32"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from simlm.models.retriever import load_retriever
 from simlm.progress import Progress
 from simlm.recipe import EncodeSettings, ModelSettings
 from simlm.stages import Context, encode
+from tests.conftest import build_store, tiny_passages, tiny_qrels, tiny_queries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -192,3 +194,167 @@ def test_a_damaged_model_is_refused(tmp_path: Path, tiny_store: Store, model: Pa
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(ArtifactError, match=r"model\.safetensors"):
         run_encode(tmp_path / "embeddings", EncodeSettings(), {"store": tiny_store.path, "model": tmp_path / "damaged"})
+
+
+# the cache
+
+
+def longer_store(path: Path, tokenizer: PreTrainedTokenizerFast, extra: int, **options: int) -> Store:
+    """The tiny corpus with passages in front, in between and at the end."""
+    passages = tiny_passages()
+    for number in range(extra):
+        passages.insert((7 * number) % 61, {"_id": f"new/{number}", "title": "", "text": f"the kettle number {number} is of wool"})
+    return build_store(path, tokenizer, passages, tiny_queries(), {"test": tiny_qrels("test")}, **options)
+
+
+def encode_again(
+    folder: Path, settings: EncodeSettings, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> tuple[dict[str, Any], int]:
+    """(facts, passages that went through the model) of the step `embeddings` in `folder`."""
+    rows: list[int] = []
+    real = Inference.run
+
+    def counting(self: Inference, batches: Any, results: Any, **options: Any) -> None:
+        rows.append(len(results))
+        real(self, batches, results, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Inference, "run", counting)
+        facts = run_encode(folder / "embeddings", settings, inputs)
+    return facts, sum(rows)
+
+
+def test_only_new_passages_are_encoded(
+    tmp_path: Path, tiny_store: Store, model: Path, tiny_wordpiece: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = EncodeSettings(precision="fp32", shard_passages=16)
+    facts, encoded = encode_again(tmp_path, settings, {"store": tiny_store.path, "model": model}, monkeypatch)
+    assert (facts["num_cached"], encoded) == (0, 60)
+    before = vectors_of(tmp_path / "embeddings").copy()
+    longer = longer_store(tmp_path / "longer", tiny_wordpiece, 10)
+    facts, encoded = encode_again(tmp_path, settings, {"store": longer.path, "model": model}, monkeypatch)
+    assert (facts["num_cached"], encoded, facts["num_passages"]) == (60, 10, 70)
+    after = vectors_of(tmp_path / "embeddings")
+    table = longer.passages
+    old = [row for row in range(70) if not table.ids[row].startswith("new/")]
+    np.testing.assert_array_equal(after[old], before)
+    expected = load_retriever(model).encode_passages([(table.title(row), table.text(row)) for row in range(70)])
+    np.testing.assert_allclose(after, expected, atol=1e-5)
+    # Both corpora share one file of vectors a corpus, and 24 bytes a passage.
+    assert facts["cache_bytes"] < 70 * 24 + 2000
+    assert encode_again(tmp_path, settings, {"store": tiny_store.path, "model": model}, monkeypatch)[1] == 0
+
+
+def test_other_shards_and_batches_take_everything_from_the_cache(
+    tmp_path: Path, tiny_store: Store, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = {"store": tiny_store.path, "model": model}
+    encode_again(tmp_path, EncodeSettings(precision="fp32"), inputs, monkeypatch)
+    before = (tmp_path / "embeddings" / "vectors.npy").read_bytes()
+    facts, encoded = encode_again(tmp_path, EncodeSettings(precision="fp32", shard_passages=7, batch_tokens=100), inputs, monkeypatch)
+    assert (facts["num_cached"], encoded) == (60, 0)
+    assert "passages_per_second" not in facts
+    assert (tmp_path / "embeddings" / "vectors.npy").read_bytes() == before
+
+
+def copied(model: Path, target: Path, tokenizer: PreTrainedTokenizerFast, change: str) -> None:
+    """The model at another path, with one thing changed."""
+    biencoder = BiEncoder.load(model)
+    options: dict[str, Any] = {"max_query_tokens": 24, "max_passage_tokens": 40}
+    if change == "pooling":
+        biencoder.pooling = "mean"
+    elif change == "prompt":
+        options["passage_prompt"] = "of the "
+    elif change == "max_tokens":
+        options["max_passage_tokens"] = 39
+    elif change == "linear":
+        # Of a matrix product alone, as low-rank adapters change it.
+        with torch.no_grad():
+            biencoder.encoder.encoder.layer[0].attention.self.query.weight[0, 0] += 1e-3
+    elif change == "config":
+        biencoder.encoder.config.layer_norm_eps = 1e-3
+    shutil.rmtree(target, ignore_errors=True)
+    with build_artifact(target, kind="model") as builder:
+        biencoder.save(builder.work, tokenizer, **options)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("change", ["nothing", "linear", "config", "pooling", "prompt", "max_tokens"])
+def test_another_model_at_the_same_path(
+    tmp_path: Path,
+    tiny_store: Store,
+    model: Path,
+    tiny_wordpiece: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    change: str,
+    precision: Any,
+) -> None:
+    inputs = {"store": tiny_store.path, "model": tmp_path / "model"}
+    settings = EncodeSettings(precision=precision)
+    copied(model, inputs["model"], tiny_wordpiece, "nothing")
+    try:
+        encode_again(tmp_path, settings, inputs, monkeypatch)
+    except ModelError as error:
+        pytest.skip(str(error))
+    copied(model, inputs["model"], tiny_wordpiece, change)
+    facts, encoded = encode_again(tmp_path, settings, inputs, monkeypatch)
+    assert (facts["num_cached"], encoded) == ((60, 0) if change == "nothing" else (0, 60))
+
+
+@pytest.mark.parametrize(
+    "change", [{"precision": "bf16"}, {"storage": "fp16"}, {"model": {"pooling": "mean"}}, {"model": {"attention": "eager"}}]
+)
+def test_settings_that_change_vectors(
+    tmp_path: Path, tiny_store: Store, model: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    bare = tmp_path / "bare"
+    load_encoder(str(model)).save_pretrained(bare)
+    shutil.copy(model / "tokenizer.json", bare)
+    shutil.copy(model / "tokenizer_config.json", bare)
+    base: dict[str, Any] = {"precision": "fp32", "model": {"start": str(bare)}}
+    inputs = {"store": tiny_store.path}
+    encode_again(tmp_path, EncodeSettings.model_validate(base), inputs, monkeypatch)
+    assert encode_again(tmp_path, EncodeSettings.model_validate(base), inputs, monkeypatch)[1] == 0
+    other = EncodeSettings.model_validate(base | change | {"model": base["model"] | change.get("model", {})})
+    facts, encoded = encode_again(tmp_path, other, inputs, monkeypatch)
+    assert (facts["num_cached"], encoded) == (0, 60)
+
+
+def test_without_the_cache_nothing_is_kept(tmp_path: Path, tiny_store: Store, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = EncodeSettings(precision="fp32", cache=False)
+    for _ in range(2):
+        facts, encoded = encode_again(tmp_path, settings, {"store": tiny_store.path, "model": model}, monkeypatch)
+        assert (facts["num_cached"], encoded) == (0, 60)
+    assert not (tmp_path / "embedding_cache").exists()
+    assert "cache_bytes" not in facts
+
+
+def test_what_a_killed_step_had_encoded_is_there_for_another_corpus(
+    tmp_path: Path, tiny_store: Store, model: Path, tiny_wordpiece: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = EncodeSettings(precision="fp32", shard_passages=16)
+    builder = ArtifactBuilder(tmp_path / "embeddings", kind="embeddings", stage="encode", code_version=1, fingerprint="killed")
+    builder.begin()
+    real, calls = Inference.run, []
+
+    def dies_in_the_third_shard(self: Inference, *args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise Killed
+        real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Inference, "run", dies_in_the_third_shard)
+        with pytest.raises(Killed):
+            encode.run(settings, {"store": tiny_store.path, "model": model}, Context(builder, 0, Progress(quiet=True)))
+    longer = longer_store(tmp_path / "longer", tiny_wordpiece, 3)
+    facts, encoded = encode_again(tmp_path, settings, {"store": longer.path, "model": model}, monkeypatch)
+    assert (facts["num_cached"], encoded) == (32, 31)
+
+
+def test_a_prompt_is_encoded_with(tmp_path: Path, tiny_store: Store, model: Path, tiny_wordpiece: PreTrainedTokenizerFast) -> None:
+    copied(model, tmp_path / "model", tiny_wordpiece, "prompt")
+    run_encode(tmp_path / "embeddings", EncodeSettings(precision="fp32"), {"store": tiny_store.path, "model": tmp_path / "model"})
+    table = tiny_store.passages
+    texts = [(f"of the {table.title(row)}", table.text(row)) if table.title(row) else f"of the {table.text(row)}" for row in range(60)]
+    np.testing.assert_allclose(vectors_of(tmp_path / "embeddings"), load_retriever(model).encode_passages(texts), atol=1e-5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +12,8 @@ import pytest
 import torch
 
 from simlm.artifacts import ArtifactBuilder, build_artifact, open_artifact
-from simlm.errors import ArtifactError, ModelError
+from simlm.data.teacher_scores import TeacherScores, teachers_of
+from simlm.errors import ArtifactError, DataError, ModelError
 from simlm.models.backbone import load_encoder
 from simlm.models.biencoder import BiEncoder
 from simlm.models.crossencoder import CrossEncoder
@@ -18,7 +21,7 @@ from simlm.models.inference import Inference
 from simlm.models.reranker import load_reranker
 from simlm.progress import Progress
 from simlm.rankings import Groups, Run, offsets_of
-from simlm.recipe import ModelSettings, RerankSettings
+from simlm.recipe import ModelSettings, OutsideRerankSettings, RerankSettings
 from simlm.stages import Context, rerank
 
 if TYPE_CHECKING:
@@ -149,33 +152,184 @@ def test_goes_on_after_a_kill_with_equal_scores(
 ) -> None:
     settings = RerankSettings(precision="fp32", shard_pairs=30)
     inputs = {"store": tiny_store.path, "model": model, "run": first_stage}
-    run_rerank(tmp_path / "whole", settings, inputs)
+    whole_facts = run_rerank(tmp_path / "whole" / "run", settings, inputs)
+    assert (whole_facts["num_pairs"], whole_facts["num_known_pairs"]) == (107, 0)
     real = Inference.run
-    calls = []
+    scored: list[int] = []
 
-    def dies_in_the_third_shard(self: Inference, *args: Any, **kwargs: Any) -> None:
-        calls.append(1)
-        if len(calls) == 3:
+    def dies_in_the_third_shard(self: Inference, batches: Any, results: Any, **kwargs: Any) -> None:
+        if len(scored) == 2:
             raise Killed
-        real(self, *args, **kwargs)
+        scored.append(len(results))
+        real(self, batches, results, **kwargs)
 
-    builder = ArtifactBuilder(tmp_path / "resumed", kind="run", stage="rerank", code_version=1, fingerprint="f")
+    builder = ArtifactBuilder(tmp_path / "resumed" / "run", kind="run", stage="rerank", code_version=1, fingerprint="f")
     builder.begin()
     with monkeypatch.context() as patched:
         patched.setattr(Inference, "run", dies_in_the_third_shard)
         with pytest.raises(Killed):
             rerank.run(settings, inputs, Context(builder, 0, Progress(quiet=True)))
-    finished = {file.name: file.stat().st_mtime_ns for file in builder.resume.glob("test-*.npz")}
-    assert len(finished) == 2
 
-    again = ArtifactBuilder(tmp_path / "resumed", kind="run", stage="rerank", code_version=1, fingerprint="f")
+    again = ArtifactBuilder(tmp_path / "resumed" / "run", kind="run", stage="rerank", code_version=1, fingerprint="f")
     assert again.begin()
     rerank.run(settings, inputs, Context(again, 0, Progress(quiet=True)))
-    assert {file.name: file.stat().st_mtime_ns for file in again.resume.glob("test-*.npz") if file.name in finished} == finished
+    assert again.facts["num_known_pairs"] == sum(scored) >= 60
     again.finish(settings={}, inputs={}, seed=0, seconds=0.0, peak_memory_bytes=0)
     for name in ("query_rows", "offsets", "passage_rows", "scores"):
-        left, right = (tmp_path / run / "test" / f"{name}.npy" for run in ("whole", "resumed"))
+        left, right = (tmp_path / run / "run" / "test" / f"{name}.npy" for run in ("whole", "resumed"))
         assert left.read_bytes() == right.read_bytes()
+
+
+def test_another_depth_scores_only_what_is_new(
+    tmp_path: Path, tiny_store: Store, model: Path, first_stage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = {"store": tiny_store.path, "model": model, "run": first_stage}
+    facts = [run_rerank(tmp_path / f"run{depth}", RerankSettings(precision="fp32", depth=depth), inputs) for depth in (3, 5, 4, 5)]
+    # 11 queries with passages: 3 each; then the fourth of 11 and the fifth of the 10 that have one; then nothing.
+    assert [(fact["num_pairs"], fact["num_known_pairs"]) for fact in facts] == [(33, 0), (54, 33), (44, 44), (54, 54)]
+    assert facts[-1]["pairs_per_second"] is None
+    fresh = run_rerank(tmp_path / "fresh" / "run", RerankSettings(precision="fp32", depth=5), inputs)
+    assert fresh["num_known_pairs"] == 0
+    one, other = Run.load(tmp_path / "run5", "test"), Run.load(tmp_path / "fresh" / "run", "test")
+    np.testing.assert_array_equal(one.passage_rows, other.passage_rows)
+    np.testing.assert_allclose(one.scores, other.scores, atol=1e-6)
+
+
+def test_a_shorter_pair_or_another_precision_is_scored_anew(tmp_path: Path, tiny_store: Store, model: Path, first_stage: Path) -> None:
+    inputs = {"store": tiny_store.path, "model": model, "run": first_stage}
+    for number, changes in enumerate(({"precision": "fp32"}, {"precision": "bf16"}, {"precision": "fp32", "max_pair_tokens": 24})):
+        settings = RerankSettings(depth=1, **changes)  # type: ignore[arg-type]
+        assert run_rerank(tmp_path / f"run{number}", settings, inputs)["num_known_pairs"] == 0
+
+
+def test_other_weights_at_the_same_path_share_no_score(
+    tmp_path: Path, tiny_store: Store, tiny_wordpiece: PreTrainedTokenizerFast, first_stage: Path
+) -> None:
+    inputs = {"store": tiny_store.path, "model": tmp_path / "reranker", "run": first_stage}
+    found = []
+    for seed in (5, 6, 5):
+        with build_artifact(tmp_path / "reranker", kind="model", seed=seed) as builder:
+            made = CrossEncoder.from_encoder(SCRATCH, seed=seed, tokenizer=tiny_wordpiece)
+            made.save(builder.work, tiny_wordpiece, max_pair_tokens=48)
+        facts = run_rerank(tmp_path / "run", RerankSettings(precision="fp32", depth=2), inputs)
+        found.append((facts["num_known_pairs"], facts["teacher"], Run.load(tmp_path / "run", "test").scores.copy()))
+    assert [known for known, _, _ in found] == [0, 0, 22]
+    assert found[0][1] == found[2][1] != found[1][1]
+    np.testing.assert_array_equal(found[0][2], found[2][2])
+    assert abs(found[0][2] - found[1][2]).max() > 1e-3
+
+
+def test_another_corpus_shares_no_score(tmp_path: Path, tiny_store: Store, model: Path, first_stage: Path) -> None:
+    settings = RerankSettings(precision="fp32", depth=2)
+    run_rerank(tmp_path / "run", settings, {"store": tiny_store.path, "model": model, "run": first_stage})
+    shutil.copytree(tiny_store.path, tmp_path / "store")
+    manifest = json.loads((tmp_path / "store" / "manifest.json").read_text(encoding="utf-8"))
+    (tmp_path / "store" / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "another"}), encoding="utf-8")
+    facts = run_rerank(tmp_path / "other", settings, {"store": tmp_path / "store", "model": model, "run": first_stage})
+    assert facts["num_known_pairs"] == 0
+
+
+# --- cross-encoders from outside
+
+
+def save_outside(folder: Path, tokenizer: PreTrainedTokenizerFast, *, num_labels: int = 1, model_type: str = "bert", seed: int = 3) -> Path:
+    """A sequence classifier as transformers saves it, with weights large enough to tell pairs apart."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    torch.manual_seed(seed)
+    sizes = {key: value for key, value in SCRATCH.config.items() if key != "model_type"}
+    config = AutoConfig.for_model(
+        model_type, vocab_size=len(tokenizer), num_labels=num_labels, pad_token_id=tokenizer.pad_token_id, **sizes
+    )
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def groups_artifact(path: Path, positives: list[list[int]], negatives: list[list[int]]) -> Path:
+    nothing = np.full(sum(map(len, positives)), np.nan, np.float32), np.full(sum(map(len, negatives)), np.nan, np.float32)
+    with build_artifact(path, kind="groups") as builder:
+        Groups(
+            "train",
+            query_rows=np.arange(len(positives)) + 2,
+            positive_offsets=offsets_of([len(rows) for rows in positives]),
+            positive_rows=np.array([row for rows in positives for row in rows], dtype=np.int64),
+            positive_scores=nothing[0],
+            negative_offsets=offsets_of([len(rows) for rows in negatives]),
+            negative_rows=np.array([row for rows in negatives for row in rows], dtype=np.int64),
+            negative_scores=nothing[1],
+        ).save(builder.work)
+    return path
+
+
+@pytest.mark.parametrize("family", ["same tokens", "another vocabulary"])
+def test_a_cross_encoder_from_outside_scores_as_sentence_transformers_reads_it(
+    tmp_path: Path, tiny_store: Store, tiny_wordpiece: PreTrainedTokenizerFast, tiny_bpe: PreTrainedTokenizerFast, family: str
+) -> None:
+    import sentence_transformers
+
+    tokenizer, model_type = (tiny_wordpiece, "electra") if family == "same tokens" else (tiny_bpe, "roberta")
+    plain = save_outside(tmp_path / "plain", tokenizer, model_type=model_type)
+    # It squashes what it predicts, and says so in its files: its raw logits are wanted all the same.
+    peer = sentence_transformers.CrossEncoder(str(plain), max_length=40, activation_fn=torch.nn.Sigmoid(), device="cpu")
+    peer.save_pretrained(str(tmp_path / "teacher"), create_model_card=False)
+    groups = groups_artifact(tmp_path / "groups", [[50], [10, 11]], [[1, 2, 3], [20]])
+    settings = OutsideRerankSettings(checkpoint=str(tmp_path / "teacher"), depth=2, precision="fp32", max_pair_tokens=40)
+    facts = run_rerank(tmp_path / "run", settings, {"store": tiny_store.path, "groups": groups})
+    teacher = TeacherScores(tmp_path / "pair_scores" / facts["teacher"]).teacher
+    assert bool(teacher.tokenizer) == (family == "another vocabulary")
+    assert (facts["num_pairs"], len(TeacherScores(tmp_path / "pair_scores" / facts["teacher"]))) == (6, 6)
+    scored, table = Run.load(tmp_path / "run", "train"), tiny_store.passages
+    for query, rows, scores in scored:
+        pairs = [(tiny_store.queries("train").text(query), f"{table.title(int(row))} {table.text(int(row))}".strip()) for row in rows]
+        np.testing.assert_allclose(scores, peer.predict(pairs, activation_fn=torch.nn.Identity()), atol=1e-5)
+        squashed = peer.predict(pairs)
+        np.testing.assert_allclose(1 / (1 + np.exp(-scores.astype(np.float64))), squashed, atol=1e-5)  # the peer's default does squash
+    again = run_rerank(tmp_path / "again", settings, {"store": tiny_store.path, "groups": groups})
+    assert again["num_known_pairs"] == 6
+
+
+def test_a_teacher_of_three_labels_is_refused_before_scoring(
+    tmp_path: Path, tiny_store: Store, tiny_wordpiece: PreTrainedTokenizerFast
+) -> None:
+    save_outside(tmp_path / "teacher", tiny_wordpiece, num_labels=3)
+    groups = groups_artifact(tmp_path / "groups", [[50]], [[1]])
+    with pytest.raises(ModelError, match="a classifier of 3 labels"):
+        run_rerank(
+            tmp_path / "run", OutsideRerankSettings(checkpoint=str(tmp_path / "teacher")), {"store": tiny_store.path, "groups": groups}
+        )
+    assert not (tmp_path / "pair_scores").exists()
+
+
+# --- groups that teach nothing
+
+
+@pytest.mark.parametrize(
+    ("positives", "negatives", "message"),
+    [
+        ([[50], []], [[1], [2]], r"1 groups have no positive passage, the first is of query 'q/"),
+        ([[50], [51]], [[], []], r"all negatives of all 2 groups are filtered away"),
+    ],
+)
+def test_groups_that_teach_nothing_are_refused_before_the_model_is_loaded(
+    tmp_path: Path, tiny_store: Store, positives: list[list[int]], negatives: list[list[int]], message: str
+) -> None:
+    groups = groups_artifact(tmp_path / "groups", positives, negatives)
+    with pytest.raises(DataError, match=message):
+        run_rerank(tmp_path / "run", RerankSettings(), {"store": tiny_store.path, "groups": groups, "model": tmp_path / "none"})
+
+
+def test_a_logit_that_is_not_finite_is_refused_and_not_kept(
+    tmp_path: Path, tiny_store: Store, tiny_wordpiece: PreTrainedTokenizerFast, first_stage: Path
+) -> None:
+    with build_artifact(tmp_path / "reranker", kind="model") as builder:
+        broken = CrossEncoder.from_encoder(SCRATCH, seed=5, tokenizer=tiny_wordpiece)
+        with torch.no_grad():
+            broken.classifier.get_submodule("classifier").weight.fill_(float("nan"))
+        broken.save(builder.work, tiny_wordpiece, max_pair_tokens=48)
+    with pytest.raises(ModelError, match=r"output for query 'q/.*' with passage '.*' is not finite"):
+        run_rerank(tmp_path / "run", RerankSettings(), {"store": tiny_store.path, "model": tmp_path / "reranker", "run": first_stage})
+    assert sum(len(scores) for scores in teachers_of(tmp_path / "pair_scores")) == 0
 
 
 @pytest.mark.parametrize("num_pairs", [1, 5, 12, 1000])
@@ -198,9 +352,9 @@ def test_a_run_without_queries(tmp_path: Path, tiny_store: Store, model: Path) -
 
 
 def test_equal_logits_are_ordered_by_row() -> None:
-    run = rerank._ranked("test", np.array([4, 5]), offsets_of([3, 2]), np.array([8, 2, 5, 1, 0]), np.array([1, 1, 2, 0, 3], np.float32))
-    assert run.passage_rows.tolist() == [5, 2, 8, 0, 1]
-    assert run.scores.tolist() == [2, 1, 1, 3, 0]
+    rows, scores = rerank._best_first(offsets_of([3, 2]), np.array([8, 2, 5, 1, 0]), np.array([1, 1, 2, 0, 3], np.float32))
+    assert rows.tolist() == [5, 2, 8, 0, 1]
+    assert scores.tolist() == [2, 1, 1, 3, 0]
 
 
 def test_a_retriever_is_refused(tmp_path: Path, tiny_store: Store, tiny_wordpiece: PreTrainedTokenizerFast, first_stage: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from simlm.data.store import Store
 from simlm.errors import DataError, RecipeError
 from simlm.models.biencoder import BiEncoder
 from simlm.models.crossencoder import CrossEncoder
+from simlm.models.model_folder import read_model_folder
+from simlm.models.retriever import load_retriever
 from simlm.progress import Progress
 from simlm.rankings import Groups, Run, offsets_of
 from simlm.recipe import DistillSettings, ModelSettings, RerankerSettings, RetrieverSettings, TrainingSettings
@@ -110,11 +113,13 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return BiEncoder.load(folder).state_dict()
 
 
-@pytest.mark.parametrize("contrast", ["all_pairs"])
+@pytest.mark.parametrize(
+    "options", [{"contrast": "all_pairs"}, {"temperature_mode": "learned", "temperature_learning_rate": 0.01, "matryoshka": [8]}]
+)
 def test_a_killed_stage_ends_as_if_it_had_not_been(
-    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, contrast: str
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    settings = retriever_settings(contrast=contrast, dropout=0.1)
+    settings = retriever_settings(dropout=0.1, **options)
     whole, killed = context(tmp_path / "whole"), context(tmp_path / "killed")
     train_retriever.run(settings, inputs, whole)
     with monkeypatch.context() as patch:
@@ -126,6 +131,46 @@ def test_a_killed_stage_ends_as_if_it_had_not_been(
     expected = weights(whole.work)
     assert all(torch.equal(weight, expected[name]) for name, weight in weights(again.work).items())
     assert again.builder.facts["dev"] == whole.builder.facts["dev"]
+    assert again.builder.facts.get("temperature") == whole.builder.facts.get("temperature")
+    if "temperature_mode" in options:
+        # Linear decay without warm-up from 0.01: at most the sum of the learning rates.
+        assert 0.001 < abs(math.log(whole.builder.facts["temperature"] / 0.02)) <= 0.01 * 6
+        logged = [line["measures"]["temperature"] for line in read_log(whole.work / "log.jsonl") if line["kind"] == "train"]
+        assert logged[0] == pytest.approx(0.02) and logged[-1] != logged[0]
+
+
+def test_a_matryoshka_model_says_its_sizes_and_can_be_cut(inputs: dict[str, Path], tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    made = context(tmp_path / "out")
+    train_retriever.run(retriever_settings(matryoshka=[8, 4], quantisation="int8"), inputs, made)
+    assert read_model_folder(str(made.work)).matryoshka == (8, 4)
+    whole = load_retriever(made.work).encode_queries(["where is the granite kettle"])
+    cut = SentenceTransformer(str(made.work), truncate_dim=8, device="cpu").encode_query(
+        ["where is the granite kettle"], normalize_embeddings=True
+    )
+    np.testing.assert_allclose(cut, whole[:, :8] / np.linalg.norm(whole[:, :8], axis=1, keepdims=True), atol=1e-5)
+
+
+def test_a_teachers_margin_needs_a_teacher(inputs: dict[str, Path], tmp_path: Path) -> None:
+    without = {role: path for role, path in inputs.items() if role != "teacher"}
+    made = context(tmp_path / "without")
+    with pytest.raises(RecipeError, match="teacher_margin"):
+        train_retriever.run(retriever_settings(teacher_margin=1.0), without, made)
+    assert not (made.work / "log.jsonl").exists()
+    made = context(tmp_path / "with")
+    train_retriever.run(retriever_settings(teacher_margin=1.0), inputs, made)
+    assert made.builder.facts["num_queries_without_teacher_margin"] == 0
+
+
+@pytest.mark.parametrize("distill_loss", ["margin_mse", "listwise"])
+def test_other_distillation_losses(inputs: dict[str, Path], tmp_path: Path, distill_loss: str) -> None:
+    made = context(tmp_path / "out")
+    distill.run(retriever_settings(DistillSettings, distill_loss=distill_loss, teacher_margin=2.0), inputs, made)
+    lines = [line["measures"] for line in read_log(made.work / "log.jsonl") if line["kind"] == "train"]
+    assert lines[-1]["loss"] == pytest.approx(lines[-1][distill_loss] + 0.2 * lines[-1]["contrastive"], rel=1e-5)
+    shares = [lines[0][f"{name}_gradient_share"] for name in (distill_loss, "contrastive")]
+    assert sum(shares) == pytest.approx(1.0) and min(shares) > 0 and lines[0]["teacher_entropy"] > 0
 
 
 def _stop_after(calls: int, function: Callable[..., int]) -> Callable[..., int]:
@@ -161,6 +206,21 @@ def test_distill(inputs: dict[str, Path], tmp_path: Path) -> None:
     measures = [line for line in read_log(made.work / "log.jsonl") if line["kind"] == "train"][-1]["measures"]
     assert measures["loss"] == pytest.approx(measures["kl"] + 0.2 * measures["contrastive"], rel=1e-5)
     assert BiEncoder.load(made.work).dim == 16
+
+
+def test_distill_from_two_teachers(inputs: dict[str, Path], tmp_path: Path) -> None:
+    teacher = Run.load(inputs["teacher"], "train")
+    lists = [(teacher.ranked(position)[0], [0.0, 1.0, 2.0, 3.0]) for position in range(len(teacher))]  # the other way round
+    with build_artifact(tmp_path / "other", kind="run") as builder:
+        Run.from_lists("train", teacher.query_rows.tolist(), lists).save(builder.work)  # type: ignore[arg-type]
+    entropies = {}
+    for name, more in (("one", {}), ("two", {"teacher.2": tmp_path / "other"})):
+        made = context(tmp_path / name)
+        distill.run(retriever_settings(DistillSettings, group_size=4, training=training(max_steps=1)), inputs | more, made)
+        assert made.builder.facts["num_teachers"] == 1 + len(more)
+        measures = next(line for line in read_log(made.work / "log.jsonl") if line["kind"] == "train")["measures"]
+        entropies[name] = measures["teacher_entropy"]
+    assert entropies["two"] > entropies["one"] + 0.2  # teachers that contradict each other say little
 
 
 def test_distill_refuses_missing_scores_before_training(inputs: dict[str, Path], tmp_path: Path, tiny_store: Store) -> None:

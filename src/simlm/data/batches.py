@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simlm.data.prompts import Prompt
 from simlm.data.store import Store, Table
 from simlm.data.tokens import Template, truncate_pair
 from simlm.errors import ShapeError
@@ -46,22 +47,39 @@ class TokenBatch:
         return {name: torch.from_numpy(array) for name, array in arrays.items() if array is not None}
 
 
-def collate(table: Table, rows: Rows, *, max_tokens: int | None = None) -> TokenBatch:
+def collate(table: Table, rows: Rows, *, max_tokens: int | None = None, prompt: Prompt | None = None) -> TokenBatch:
     """`[CLS] title [SEP] text [SEP]`, or `[CLS] text [SEP]` where there is no title, cut to `max_tokens`.
 
-    max_tokens: at most and by default the store's own maximum for this table.
+    max_tokens: at most and by default the store's own maximum for this table. prompt: stands before the title, or the text where there
+    is none, and is cut with it.
     """
     rows_B = _checked(table, rows)
-    limit = table.max_tokens if max_tokens is None else min(max_tokens, table.max_tokens)
-    template = table.template
     title, text = _passage_pieces(table, rows_B)
     paired = title.length > 0
-    pair_title, pair_text = truncate_pair(title.length, text.length, limit - template.num_pair)
-    single_text = np.minimum(text.length, max(limit - template.num_single, 0))
-    first = title.cut(np.where(paired, pair_title, 0))
-    second = text.cut(np.where(paired, pair_text, single_text))
     # Without a title the text is the only sequence and takes the first one's place.
-    return _assemble(template, [first, second.where(~paired)], [second.where(paired)], paired)
+    firsts = [title, text.where(~paired)]
+    if prompt is not None:
+        firsts = _prompted(prompt, table, rows_B, title, text)
+    first_B, second_B = _kept(table, firsts, text.where(paired), paired, max_tokens)
+    return _assemble(table.template, _cut_in_order(firsts, first_B), [text.cut(second_B)], paired)
+
+
+def sequence_lengths(table: Table, rows: Rows, *, max_tokens: int | None = None, prompt: Prompt | None = None) -> Ints:
+    """Tokens of each sequence as `collate` makes it, special tokens included; int64 [B]."""
+    rows_B = np.asarray(rows, dtype=np.int64)
+    if prompt is None:
+        lengths_B = table.lengths[rows_B].astype(np.int64)
+        return lengths_B if max_tokens is None else np.minimum(lengths_B, max_tokens)
+    if len(rows_B) == 0:
+        return rows_B
+    rows_B = _checked(table, rows_B)
+    title, text = _passage_pieces(table, rows_B)
+    paired = title.length > 0
+    firsts = _prompted(prompt, table, rows_B, title, text)
+    first_B, second_B = _kept(table, firsts, text.where(paired), paired, max_tokens)
+    special_B = np.where(paired, table.template.num_pair, table.template.num_single)
+    lengths: Ints = first_B + second_B + special_B
+    return lengths
 
 
 def collate_pairs(store: Store, split: Split, query_rows: Rows, passage_rows: Rows, *, max_tokens: int) -> TokenBatch:
@@ -71,13 +89,8 @@ def collate_pairs(store: Store, split: Split, query_rows: Rows, passage_rows: Ro
     """
     template = store.passages.template
     query, passage, kept_query, kept_passage = _pair_pieces(store, split, query_rows, passage_rows, max_tokens)
-    pieces = []
-    left = kept_passage
-    for piece in passage:
-        length = np.minimum(piece.length, left)
-        left = left - length
-        pieces.append(piece.cut(length))
-    return _assemble(template, [query.cut(kept_query)], pieces, np.ones(len(left), dtype=bool))
+    pieces = _cut_in_order(passage, kept_passage)
+    return _assemble(template, [query.cut(kept_query)], pieces, np.ones(len(kept_query), dtype=bool))
 
 
 def pair_lengths(store: Store, split: Split, query_rows: Rows, passage_rows: Rows, *, max_tokens: int) -> Ints:
@@ -138,6 +151,41 @@ def _passage_pieces(table: Table, rows_B: Ints) -> tuple[_Piece, _Piece]:
     titles = table.title_tokens[rows_B].astype(np.int64)
     title = _Piece(table.tokens, table.word_start_bits, True, start, titles)
     return title, _Piece(table.tokens, table.word_start_bits, True, start + titles, stop - start - titles)
+
+
+def _prompted(prompt: Prompt, table: Table, rows_B: Ints, title: _Piece, text: _Piece) -> list[_Piece]:
+    """The first sequence of each row behind the prompt: tokens of the prompt (and of a first word that it changes), and the rest."""
+    paired = title.length > 0
+    start = np.where(paired, title.start, text.start)
+    length = np.where(paired, title.length, text.length)
+    heads = [(list(prompt.ids if size else prompt.ids_alone), 0) for size in length.tolist()]
+    if prompt.backend is not None:
+        heads = prompt.heads([table.title(row) if pair else table.text(row) for row, pair in zip(rows_B.tolist(), paired, strict=True)])
+    head_B = np.array([len(ids) for ids, _ in heads], dtype=np.int64)
+    skip_B = np.minimum(np.array([skip for _, skip in heads], dtype=np.int64), length)
+    tokens = np.array([token for ids, _ in heads for token in ids], dtype=np.int64)
+    head = _Piece(tokens, np.zeros(len(tokens), dtype=np.uint8), False, np.cumsum(head_B) - head_B, head_B)
+    return [head, _Piece(table.tokens, table.word_start_bits, True, start + skip_B, length - skip_B)]
+
+
+def _kept(table: Table, firsts: list[_Piece], second: _Piece, paired: NDArray[np.bool_], max_tokens: int | None) -> tuple[Ints, Ints]:
+    """Tokens kept of the first and of the second sequence of each row, cut to `max_tokens` and the table's own maximum."""
+    limit = table.max_tokens if max_tokens is None else min(max_tokens, table.max_tokens)
+    template = table.template
+    first_B: Ints = np.sum([piece.length for piece in firsts], axis=0)
+    pair_first, pair_second = truncate_pair(first_B, second.length, limit - template.num_pair)
+    single = np.minimum(first_B, max(limit - template.num_single, 0))
+    return np.where(paired, pair_first, single), np.where(paired, pair_second, 0)
+
+
+def _cut_in_order(pieces: list[_Piece], length_B: Ints) -> list[_Piece]:
+    """The pieces of a sequence cut to its first `length_B` tokens."""
+    cut = []
+    for piece in pieces:
+        kept = np.minimum(piece.length, length_B)
+        length_B = length_B - kept
+        cut.append(piece.cut(kept))
+    return cut
 
 
 def _pair_pieces(

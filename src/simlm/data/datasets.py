@@ -89,7 +89,30 @@ def open_dataset(settings: DataSettings, *, seed: int = 0) -> Loader:
                 )
     loader = cast("Loader", loader_class(settings, seed=seed))
     loader.check()
-    return loader
+    return loader if settings.splits is None else _SomeSplits(loader, settings.splits)
+
+
+class _SomeSplits:
+    """A loader of which only the queries and judgements of some splits are asked for."""
+
+    def __init__(self, loader: Loader, wanted: list[Split]) -> None:
+        self.OPTIONS, self.FIELDS = loader.OPTIONS, loader.FIELDS
+        self._loader, self._wanted = loader, frozenset(wanted)
+        self.check, self.passages, self.facts = loader.check, loader.passages, loader.facts
+        self.sources, self.versions = loader.sources, loader.versions
+
+    def queries(self, split: Split, bad: BadRecords) -> Iterator[tuple[str, Query]]:
+        return self._loader.queries(split, bad) if split in self._wanted else iter(())
+
+    def qrels(self, split: Split, bad: BadRecords) -> Iterator[tuple[str, Qrel]]:
+        return self._loader.qrels(split, bad) if split in self._wanted else iter(())
+
+    def splits(self) -> list[Split]:
+        return [split for split in self._loader.splits() if split in self._wanted]
+
+    def guess(self) -> tuple[int, dict[Split, int]]:
+        passages, queries = self._loader.guess()
+        return passages, {split: count for split, count in queries.items() if split in self._wanted}
 
 
 def signature(settings: DataSettings, digests: dict[str, str]) -> dict[str, str]:

@@ -2,25 +2,29 @@
 
 Everything is a function of (seed, step): a query's epoch and its place in the order, the positive (they take turns by epoch) and the
 negatives (a walk through the query's mined list in an order shuffled by (seed, query), going on where the last epoch stopped, so
-that none comes again before all have been seen). Workers, processes and resuming change nothing.
+that none comes again before all have been seen; or drawn anew each epoch, those that score like the positive most often, see
+`Ambiguous`). Workers, processes and resuming change nothing.
 Shapes: Q queries of a step, G group size, P = Q*G passages of a step, N passages of the corpus.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from simlm.data.duplicates import Duplicates
+from simlm.data.false_negatives import TeacherMargin
 from simlm.errors import DataError, RecipeError
 from simlm.progress import Progress
-from simlm.rankings import Floats, Groups, Ints, Run, offsets_of
+from simlm.rankings import Floats, Groups, Ints
+from simlm.recipe import RetrieverSettings
 
 Bools = NDArray[np.bool_]
-_ORDER, _WALK, _RANDOM, _FIRST_POSITIVE = range(4)
+_ORDER, _WALK, _RANDOM, _FIRST_POSITIVE, _AMBIGUOUS = range(5)
 """What a stream of random numbers is for, so that no two uses share one."""
 
 
@@ -40,13 +44,50 @@ class StepGroups:
     scores: Floats
 
 
+@dataclass(frozen=True)
+class Ambiguous:
+    """Negatives drawn with probability p ~ exp(-a (z - b)^2), without replacement within a group (SimANS, arXiv 2210.11773, eq. 5).
+
+    z = (s - s_pos) / d in standard deviations: s the stored score of the negative, s_pos that of the group's positive in the same run,
+    d the standard deviation of the query's negatives from that run; the paper's s - s_pos is not divided, so its `a` depends on the
+    scale of the scores. b > 0 prefers negatives above the positive, b < 0 those below it. a = 0: all alike.
+    """
+
+    a: float
+    b: float
+
+    @classmethod
+    def of(cls, settings: RetrieverSettings) -> Ambiguous | None:
+        """As a retriever's settings have it; None = the walk."""
+        return cls(settings.ambiguous_a, settings.ambiguous_b) if settings.negatives == "ambiguous" else None
+
+    def log_weights(self, groups: Groups, position: int, positive: int) -> NDArray[np.float64]:
+        """float64 [negatives of the query at `position`], log p up to a constant; positive: place of the positive among the query's.
+
+        A positive that a run does not have scores at most what the run's last candidate does, and is taken to score that.
+        """
+        scores = np.asarray(groups.negatives(position)[1], dtype=np.float64)
+        weights = np.empty(len(scores))
+        for places, positive_scores in groups.by_source(position):
+            if len(places):
+                own = scores[places]
+                known = float(positive_scores[positive])
+                differences = own - (known if np.isfinite(known) else own.min())
+                spread = float(own.std())
+                z = differences / spread if spread > 0 else np.zeros(len(own))
+                weights[places] = -self.a * (z - self.b) ** 2
+        return weights
+
+
 class TrainingGroups:
     """Groups of fixed size, dealt out in steps of `queries_per_step` queries; the last step of an epoch goes on into the next.
 
     groups: mined candidates. judged: query row -> {passage row: grade}, to know more positives than the groups name.
     fill_with_random: give queries without any candidate random passages of the corpus, else refuse them.
-    Raises DataError if there is no query, a query has no positive, or the corpus has no passage to set against a query; RecipeError if
-    queries_per_step is no multiple of num_ranks.
+    sampling: how negatives are drawn; none = the walk.
+    duplicates: tells texts that are relevant under another id; none = ids only. margin: tells what a teacher takes for relevant.
+    Raises DataError if there is no query, a query has no positive, the corpus has no passage to set against a query, or a negative has no
+    score to be drawn by; RecipeError if queries_per_step is no multiple of num_ranks.
     """
 
     def __init__(
@@ -60,6 +101,9 @@ class TrainingGroups:
         num_ranks: int = 1,
         judged: Mapping[int, Mapping[int, int]] | None = None,
         fill_with_random: bool = True,
+        sampling: Ambiguous | None = None,
+        duplicates: Duplicates | None = None,
+        margin: TeacherMargin | None = None,
     ) -> None:
         if len(groups) == 0:
             raise DataError("there are no training groups: no training query has a positive passage; training needs labelled queries")
@@ -79,8 +123,13 @@ class TrainingGroups:
             raise DataError(
                 f"{len(groups):,} training queries cannot be shared by {num_ranks} processes; use fewer processes or more queries"
             )
+        if sampling is not None:
+            _check_scored(groups)
         self.seed = seed
+        self._sampling = sampling
         self._judged = judged or {}
+        self._duplicates = duplicates
+        self._margin = margin
         num_negatives = np.diff(groups.negative_offsets)
         self.num_short = int(np.count_nonzero((num_negatives < group_size - 1) & (num_negatives > 0)))
         """Queries whose list is shorter than a group needs: it is gone through more than once within a group."""
@@ -106,6 +155,8 @@ class TrainingGroups:
             "queries_per_step": self.queries_per_step,
             "num_queries_with_repeated_negatives": self.num_short,
             "num_queries_with_random_negatives": self.num_bare,
+            **({} if self._duplicates is None else self._duplicates.facts()),
+            **({} if self._margin is None else {"num_queries_without_teacher_margin": self._margin.num_without}),
         }
 
     def say_what_differs(self, progress: Progress, queries_per_step: int, description: str) -> None:
@@ -140,36 +191,66 @@ class TrainingGroups:
         """int64 [G], float32 [G]: passage rows of the query at `position` in an epoch, positive first, and their scores in the Groups."""
         rows, scores = self.groups.positives(position)
         positive = (int(self._rng(_FIRST_POSITIVE, position).integers(len(rows))) + epoch) % len(rows)
-        negative_rows, negative_scores = self._negatives(position, epoch)
+        negative_rows, negative_scores = self._negatives(position, epoch, positive)
         return np.concatenate([rows[positive : positive + 1], negative_rows]), np.concatenate(
             [scores[positive : positive + 1], negative_scores]
         )
 
     def relevant(self, position: int) -> Ints:
-        """int64, sorted: every passage known to be relevant to a query, by its group or by a judgement with grade > 0."""
+        """int64, sorted: every passage known to be relevant to a query, by its group or by a judgement with grade > 0.
+
+        Queries with the same text share theirs.
+        """
         positives, _ = self.groups.positives(position)
-        judged = self._judged.get(int(self.groups.query_rows[position]), {})
-        return np.union1d(positives, np.array([row for row, grade in judged.items() if grade > 0], dtype=np.int64)).astype(np.int64)
+        query_row = int(self.groups.query_rows[position])
+        judged = np.array([row for row, grade in self._judged.get(query_row, {}).items() if grade > 0], dtype=np.int64)
+        if self._duplicates is not None:
+            judged = np.concatenate([judged, self._duplicates.positives_of_twins(query_row)])
+        return np.union1d(positives, judged).astype(np.int64)
 
     def excluded(self, step: StepGroups) -> tuple[Bools, Bools]:
-        """bool [Q, P]: passages of the step that are relevant to a query and not its own positive, which are no negatives of it;
-        bool [Q, Q]: pairs of queries one of which has the other's positive among its relevant passages (True on the diagonal)."""
+        """bool [Q, P]: passages of the step that are taken for relevant to a query and are not its own positive: no negatives of it;
+        bool [Q, Q]: pairs of queries one of which takes the other's positive for relevant (True on the diagonal).
+
+        Relevant are those of `relevant`, passages with the text of one of them, and what the teacher scores above the margin.
+        """
         num_queries, group_size = step.passage_rows.shape
         passages_P = step.passage_rows.reshape(-1)
-        relevant_QP = np.stack([np.isin(passages_P, self.relevant(int(position))) for position in step.positions])
+        relevant_QP = self._relevant_among(step.positions, passages_P)
+        if self._margin is not None:
+            positives_Q = step.passage_rows[:, 0]
+            relevant_QP |= np.stack(
+                [
+                    self._margin.above(int(position), int(positive), passages_P)
+                    for position, positive in zip(step.positions, positives_Q, strict=True)
+                ]
+            )
         own_columns = np.arange(num_queries) * group_size
         relevant_QQ = relevant_QP[:, own_columns]
         excluded_QP = relevant_QP.copy()
         excluded_QP[np.arange(num_queries), own_columns] = False
         return excluded_QP, relevant_QQ | relevant_QQ.T
 
-    def _negatives(self, position: int, epoch: int) -> tuple[Ints, Floats]:
+    def _relevant_among(self, positions: Ints, passages_P: Ints) -> Bools:
+        relevant = [self.relevant(int(position)) for position in positions]
+        if self._duplicates is None:
+            return np.stack([np.isin(passages_P, rows) for rows in relevant])
+        digests_P = self._duplicates.digests(passages_P)
+        return np.stack([np.isin(digests_P, self._duplicates.digests(rows)) for rows in relevant])
+
+    def _negatives(self, position: int, epoch: int, positive: int) -> tuple[Ints, Floats]:
         wanted = self.group_size - 1
         rows, scores = self.groups.negatives(position)
         if len(rows) == 0:
             return self._random_negatives(position, epoch, wanted), np.full(wanted, np.nan, dtype=np.float32)
-        order = self._rng(_WALK, position).permutation(len(rows))
-        places = order[(epoch * wanted + np.arange(wanted)) % len(rows)]
+        if self._sampling is None:
+            order = self._rng(_WALK, position).permutation(len(rows))
+            places = order[(epoch * wanted + np.arange(wanted)) % len(rows)]
+        else:
+            # The largest of log weight + Gumbel noise are a draw without replacement by the weights (Vieira 2014).
+            noise = self._rng(_AMBIGUOUS, position, epoch).gumbel(size=len(rows))
+            keys = self._sampling.log_weights(self.groups, position, positive) + noise
+            places = np.argsort(-keys, kind="stable")[np.arange(wanted) % len(rows)]
         return rows[places], scores[places]
 
     def _random_negatives(self, position: int, epoch: int, wanted: int) -> Ints:
@@ -189,6 +270,19 @@ class TrainingGroups:
         return _permutation(self.seed, epoch, len(self))
 
 
+def _check_scored(groups: Groups, block: int = 1 << 20) -> None:
+    """DataError if a negative has no score; reads the scores block by block, as there may be more than fit in memory."""
+    scores = groups.negative_scores
+    for start in range(0, len(scores), block):
+        bare = np.flatnonzero(~np.isfinite(scores[start : start + block]))
+        if len(bare):
+            position = int(np.searchsorted(groups.negative_offsets, start + int(bare[0]), side="right")) - 1
+            raise DataError(
+                f'negatives = "ambiguous" draws by stored scores, and a negative of query row {groups.query_rows[position]} has none; '
+                'mine again, or set negatives = "walk"'
+            )
+
+
 @lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, count: int) -> Ints:
     return np.random.default_rng([_ORDER, seed, epoch]).permutation(count)
@@ -202,99 +296,3 @@ def share_of_rank(num_queries: int, rank: int, num_ranks: int) -> slice:
         )
     share = num_queries // num_ranks
     return slice(rank * share, (rank + 1) * share)
-
-
-@dataclass(frozen=True)
-class TeacherGroups:
-    """Groups whose scores are the teacher's, cut to what it has scored.
-
-    depth: negatives a query at most. num_constant: queries whose passages all have the same score, which teach nothing.
-    """
-
-    groups: Groups
-    depth: int
-    num_constant: int
-
-
-def teacher_groups(groups: Groups, teacher: Run, *, query_id: Callable[[int], str], passage_id: Callable[[int], str]) -> TeacherGroups:
-    """Groups with a teacher's scores for every positive and for the first negatives of every query.
-
-    teacher: raw logits for pairs of the groups. How deep it goes is told from the query where it goes deepest; every other query must be
-    scored as deep, or to the end of its list.
-    query_id, passage_id: names of rows, for messages.
-    Raises DataError listing the first pairs that are missing, the first scores that are not finite, or if no query's scores differ.
-    """
-    places = {int(query): position for position, query in enumerate(teacher.query_rows)}
-    found: list[tuple[Floats, Floats]] = []
-    for position in range(len(groups)):
-        place = places.get(int(groups.query_rows[position]))
-        rows, scores = teacher.ranked(place) if place is not None else (np.empty(0, np.int64), np.empty(0, np.float32))
-        order = np.argsort(rows, kind="stable")
-        rows, scores = np.asarray(rows)[order], np.asarray(scores)[order]
-        found.append(
-            (_scores_of(groups.positives(position)[0], rows, scores), _scores_of(groups.negatives(position)[0], rows, scores)),
-        )
-    depth = max((int(np.flatnonzero(~np.isnan(negatives))[-1]) + 1 for _, negatives in found if not np.isnan(negatives).all()), default=0)
-    found = [(positives, negatives[:depth]) for positives, negatives in found]
-    _check_teacher(groups, found, teacher, depth=depth, query_id=query_id, passage_id=passage_id)
-    num_constant = sum(len(both) > 1 and float(np.ptp(both)) == 0.0 for both in (np.concatenate(pair) for pair in found))
-    if len(groups) and num_constant == len(groups):
-        raise DataError(
-            "the teacher gives all passages of a query the same score, for every query; it has not learned anything: train it again"
-        )
-    negatives = [np.asarray(groups.negatives(position)[0][:depth]) for position in range(len(groups))]
-    return TeacherGroups(
-        Groups(
-            groups.split,
-            groups.query_rows,
-            groups.positive_offsets,
-            groups.positive_rows,
-            np.concatenate([scores for scores, _ in found]).astype(np.float32),
-            offsets_of([len(rows) for rows in negatives]),
-            np.concatenate(negatives),
-            np.concatenate([scores for _, scores in found]).astype(np.float32),
-        ),
-        depth,
-        num_constant,
-    )
-
-
-def _scores_of(wanted: Ints, rows: Ints, scores: Floats) -> Floats:
-    """Scores of the wanted passages, NaN where there is none; `rows` is sorted. A score that is itself not finite becomes infinite."""
-    if len(rows) == 0:
-        return np.full(len(wanted), np.nan, dtype=np.float32)
-    places = np.minimum(np.searchsorted(rows, wanted), len(rows) - 1)
-    finite = np.where(np.isfinite(scores[places]), scores[places], np.inf)
-    return np.where(rows[places] == wanted, finite, np.nan).astype(np.float32)
-
-
-def _check_teacher(
-    groups: Groups,
-    found: list[tuple[Floats, Floats]],
-    teacher: Run,
-    *,
-    depth: int,
-    query_id: Callable[[int], str],
-    passage_id: Callable[[int], str],
-) -> None:
-    bad: dict[str, list[str]] = {"missing": [], "infinite": []}
-    for position, pair in enumerate(found):
-        rows = np.concatenate([groups.positives(position)[0], groups.negatives(position)[0][:depth]])
-        scores = np.concatenate(pair)
-        for kind, where in (("missing", np.isnan(scores)), ("infinite", np.isinf(scores))):
-            name = query_id(int(groups.query_rows[position])) if where.any() else ""
-            bad[kind] += [f"({name}, {passage_id(int(row))})" for row in rows[where]]
-    if bad["missing"]:
-        raise DataError(
-            f"the teacher run ({len(teacher):,} queries) has no score for {len(bad['missing']):,} pairs of query and passage "
-            f"of the groups: {_first(bad['missing'])}; run the rerank step again over these groups"
-        )
-    if bad["infinite"]:
-        raise DataError(
-            f"{len(bad['infinite']):,} teacher scores are not finite numbers: {_first(bad['infinite'])}; train the re-ranker again, "
-            "with a lower learning rate or bf16 = false"
-        )
-
-
-def _first(names: list[str], shown: int = 5) -> str:
-    return ", ".join(names[:shown]) + (" ..." if len(names) > shown else "")

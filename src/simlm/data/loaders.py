@@ -49,6 +49,7 @@ class FileLoader:
         if not settings.path:
             raise DataError(f"data.path: the loader {settings.dataset!r} reads files; give the folder that holds them")
         self.settings = settings
+        self.read_splits = tuple(split for split in SPLITS if settings.splits is None or split in settings.splits)
         self.root = expand_path(settings.path)
         if not self.root.exists():
             raise DataError(f"data.path: {self.root} does not exist (written as {settings.path!r}); check the path and its variables")
@@ -69,7 +70,7 @@ class FileLoader:
 
     def check(self) -> None:
         self.corpus()
-        for split in SPLITS:
+        for split in self.read_splits:
             if self.qrels_file(split) is not None and self.query_file(split) is None:
                 raise DataError(
                     f"{self.qrels_file(split)}: judgements of {split!r} queries, but no file of those queries; name it in data.queries"
@@ -77,13 +78,13 @@ class FileLoader:
 
     def sources(self) -> list[Path]:
         files = [self.corpus()]
-        for split in SPLITS:
+        for split in self.read_splits:
             files += [file for file in (self.query_file(split), self.qrels_file(split)) if file is not None]
         return list(dict.fromkeys(files))
 
     def splits(self) -> list[Split]:
         # Skipping here loses nothing: reading for the store meets the same records again, and stops there.
-        return [split for split in SPLITS if next(self.qrels(split, BadRecords("skip")), None) is not None]
+        return [split for split in self.read_splits if next(self.qrels(split, BadRecords("skip")), None) is not None]
 
     def versions(self) -> dict[str, str]:
         return {}
@@ -249,7 +250,7 @@ class TableLoader(FileLoader):
     def check(self) -> None:
         super().check()
         self.names(self.corpus(), "corpus")
-        for split in SPLITS:
+        for split in self.read_splits:
             file = self.query_file(split)
             if file is not None:
                 self.names(file, "queries")

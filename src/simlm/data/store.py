@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from simlm.artifacts import open_artifact
+from simlm.artifacts import open_artifact, read_manifest
 from simlm.data.tokens import Template
 from simlm.errors import DataError
 from simlm.types import SPLITS, Split
@@ -235,6 +235,13 @@ class Store:
             "answers": queries and self.info["tables"][name]["with_answers"],
             "max_tokens": self.info["max_query_tokens"] if queries else self.info["max_passage_tokens"],
         }
+
+
+def passages_fingerprint(path: Path) -> str:
+    """Of the store whose passages a store has: its own, or that of the store it took them from. Where it is equal, rows are too."""
+    own = read_manifest(path, "store").fingerprint
+    taken_from = json.loads((Path(path) / INFO).read_text(encoding="utf-8")).get("passages_of")
+    return str(taken_from or own)
 
 
 def id_hash(name: str, seed: int | None = None) -> int:

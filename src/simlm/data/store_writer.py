@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import os
+import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simlm.artifacts import write_json
-from simlm.data.store import INFO, TOKENIZER, hash_bytes, map_array, map_bytes
+from simlm.data.store import INFO, TOKENIZER, Store, hash_bytes, map_array, map_bytes, passages_fingerprint
 from simlm.data.tokens import Template, TextEncoder, Tokens, plain_tokenizer, truncate_pair
 from simlm.errors import DataError
 from simlm.types import Split
@@ -88,6 +89,33 @@ class StoreWriter:
         """Write the corpus; returns its facts (rows, tokens, mean length ...)."""
         facts = self._write_table("passages", rows, self.info["max_passage_tokens"], heads=self.encoder.space_sensitive)
         self.info["num_passages"] = facts["rows"]
+        return facts
+
+    def take_passages(self, store: Store) -> None:
+        """Have the passages of a finished store, row for row, without reading or copying them where the file system has hard links."""
+        assert (self.kept_tokens, self.token_dtype) == (store.info["kept_tokens"], store.info["token_dtype"]), "another tokenizer or length"
+        folder = self.path / "passages"
+        folder.mkdir(parents=True)
+        for file in sorted((store.path / "passages").iterdir()):
+            try:
+                os.link(file, folder / file.name)
+            except OSError:
+                shutil.copyfile(file, folder / file.name)
+        self.info["num_passages"] = store.info["num_passages"]
+        self.info["tables"]["passages"] = store.info["tables"]["passages"]
+        self.info["passages_of"] = passages_fingerprint(store.path)
+
+    def take_queries(self, store: Store, split: Split, chosen: Ints) -> dict[str, Any]:
+        """Write queries of a finished store with their judgements; returns their facts.
+
+        chosen: int64, ascending rows of that store's queries; they become rows 0, 1, 2 ...
+        """
+        table = store.queries(split)
+        facts = self.write_queries(split, (Row(table.ids[row], table.text(row), answers=table.answers(row)) for row in map(int, chosen)))
+        offsets, passage_rows, grades = store.qrel_arrays(split)
+        counts = np.diff(offsets)[chosen]
+        places = np.concatenate([np.empty(0, np.int64), *(np.arange(offsets[row], offsets[row + 1]) for row in chosen)]).astype(np.int64)
+        self.write_qrels(split, np.repeat(np.arange(len(chosen)), counts), np.asarray(passage_rows)[places], np.asarray(grades)[places])
         return facts
 
     def write_queries(self, split: Split, rows: Iterable[Row]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ vocabulary (no pickles), memory-mapped on opening, and `index.json`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -14,6 +15,7 @@ import numpy as np
 
 from simlm.index.lexical import AUTO, Analyzer, check_language, detect_language, sample_rows
 from simlm.index.results import Results, best_of_candidates, no_results
+from simlm.rankings import Floats, Ints
 
 ARRAYS = "bm25s"
 
@@ -46,7 +48,7 @@ class BM25Index:
         """
         scores_QK, rows_QK = no_results(len(queries), depth)
         for position, query in enumerate(queries):
-            terms = [self._vocabulary[term] for term in self.analyzer.terms(query) if term in self._vocabulary]
+            terms = self._known(query)
             if not terms:
                 continue
             scores_N = self._bm25.get_scores_from_ids(terms)
@@ -55,6 +57,24 @@ class BM25Index:
             rows_QK[position, : len(rows)] = rows
             scores_QK[position, : len(rows)] = scores
         return scores_QK, rows_QK
+
+    def scores_of(self, query: str, rows: Ints) -> Floats:
+        """float32 [len(rows)]: the scores that these passages have for the query, 0 where they share no term with it."""
+        terms = self._known(query)
+        if not terms:
+            return np.zeros(len(rows), dtype=np.float32)
+        scores: Floats = self._bm25.get_scores_from_ids(terms)[rows].astype(np.float32)
+        return scores
+
+    def inverse_document_frequency(self, term: str) -> float:
+        """log(1 + (N - n + 0.5) / (n + 0.5)) of a term of the analyzer that n of the N passages have (Lucene's)."""
+        number = self._vocabulary.get(term)
+        bounds = self._bm25.scores["indptr"] if number is not None else (0, 0)
+        having = int(bounds[number + 1] - bounds[number]) if number is not None else 0
+        return math.log(1.0 + (len(self) - having + 0.5) / (having + 0.5))
+
+    def _known(self, text: str) -> list[int]:
+        return [self._vocabulary[term] for term in self.analyzer.terms(text) if term in self._vocabulary]
 
     @classmethod
     def build(cls, texts: Sequence[str], folder: Path, *, k1: float, b: float, language: str) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """Exact inner-product search: every passage is compared with every query. The oracle that other indexes are measured against.
 
 Vectors stay on disk, memory-mapped, and go past the queries in blocks; of each block only what beats a query's current depth-th best is
-looked at. The queries x corpus matrix never exists. Runs on the accelerator where there is one.
-Shapes: Q queries, P passages of a block, K depth, D embedding dim, N corpus rows, W passages of a block that are new candidates.
+kept. The queries x corpus matrix never exists. Runs on the accelerator where there is one.
+Products are made in tiles whose bounds are multiples of TILE, counted from the first query and the first passage, so that a score does not
+depend on how much memory there is: libraries round differently for matrices of other shapes.
+Shapes: Q queries, P passages of a block, K depth, D embedding dim, N corpus rows, C candidates, W most candidates of one query.
 """
 
 from __future__ import annotations
@@ -23,10 +25,16 @@ if TYPE_CHECKING:
 
 VECTORS = "vectors.npy"
 MEMORY_BYTES = 256 * 2**20
-"""What one search may take besides its queries and results: scores of a block, the block in fp32, and the candidates."""
-QUERIES_AT_ONCE = 4096
-BYTES_PER_SCORE = 4 + 1 + 12
-"""Of a block: the score, whether it is a candidate, and (at worst, each is one) candidate score and row."""
+"""What one search may take besides its queries and results: a block in fp32, scores of a tile, and candidates."""
+TILE = 1024
+"""Queries, and passages, of one matrix product."""
+QUERIES_AT_ONCE = 4 * TILE
+"""For which the vectors are read once."""
+BYTES_PER_CANDIDATE = 64
+"""Where it was found, its query and key, and the key in a matrix and in a copy of which the best are taken."""
+LAST_ROW = 2**32 - 1
+NOTHING = -(2**63)
+"""The key of no passage, below all others."""
 
 
 class FlatIndex:
@@ -46,7 +54,7 @@ class FlatIndex:
     def search(self, queries_QD: Floats, depth: int, *, memory_bytes: int = MEMORY_BYTES) -> Results:
         """(scores float32 [Q, K], passage rows int64 [Q, K]), best first; equal scores: smaller row first; -inf and -1 past the corpus.
 
-        memory_bytes: see MEMORY_BYTES. At least a block of one passage is taken.
+        memory_bytes: see MEMORY_BYTES; at least a tile is taken, and the results do not depend on it.
         """
         queries_QD = checked_queries(queries_QD, int(self.info["dim"]))
         parts = [
@@ -60,17 +68,18 @@ class FlatIndex:
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         queries = torch.from_numpy(queries_QD).to(device)
-        best_QK = torch.full((len(queries), depth), -torch.inf, device=device)
-        rows_QK = torch.full((len(queries), depth), NO_ROW, dtype=torch.int64, device=device)
-        largest = max(memory_bytes // (BYTES_PER_SCORE * max(len(queries), 1) + 4 * queries_QD.shape[1]), 1)
+        best_QK = torch.full((len(queries), depth), NOTHING, dtype=torch.int64, device=device)
+        largest = _block_passages(min(len(queries), TILE), depth, queries_QD.shape[1], memory_bytes)
         start = 0
         while start < len(self):
             # A block as long as what has been seen brings about `depth` new candidates a query, if the corpus is in no particular order.
-            size = min(max(start, depth, 1024), largest, len(self) - start)
+            size = min(max(start, TILE), largest, len(self) - start)
             block_PD = torch.from_numpy(np.array(self.vectors_ND[start : start + size], dtype=np.float32)).to(device)
-            best_QK, rows_QK = _merge(best_QK, rows_QK, queries @ block_PD.T, start)
+            for first in range(0, len(queries), TILE):
+                part = slice(first, first + TILE)
+                best_QK[part] = _merge(best_QK[part], queries[part], block_PD, start)
             start += size
-        return best_QK.cpu().numpy(), rows_QK.cpu().numpy()
+        return _unpacked(best_QK.sort(dim=1, descending=True).values if device.type == "cuda" else _sorted(best_QK))
 
     @classmethod
     def build(cls, vectors: Path, folder: Path, *, options: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -86,24 +95,105 @@ class FlatIndex:
         return vector_facts(vectors_ND) | {"dtype": str(vectors_ND.dtype)}
 
 
-def _merge(best_QK: Tensor, rows_QK: Tensor, scores_QP: Tensor, start: int) -> tuple[Tensor, Tensor]:
-    """The best K of those so far and of a block that begins at row `start`, best first, equal scores by row."""
+def _block_passages(num_queries: int, depth: int, dim: int, memory_bytes: int) -> int:
+    """Passages of a block, whole tiles: each may be a candidate of every query of a tile, but a block of one tile is always taken."""
+    left = memory_bytes - num_queries * ((4 + 1) * TILE + 2 * 8 * depth)
+    return max(left // (BYTES_PER_CANDIDATE * max(num_queries, 1) + 4 * dim) // TILE, 1) * TILE
+
+
+# A key is a score and a row in one int64: the greater key has the higher score, or the smaller row where scores are equal. So the best
+# of any keys are simply the greatest, and no two are equal.
+
+
+def _packed(scores_C: Tensor, rows_C: Tensor) -> Tensor:
     import torch
 
-    # Equal to the K-th best so far is not better: rows only grow.
-    new_QP = scores_QP > best_QK[:, -1:]
-    counts_Q = new_QP.sum(dim=1)
-    width = int(counts_Q.max()) if len(counts_Q) else 0
-    if width == 0:
-        return best_QK, rows_QK
-    query, column = new_QP.nonzero(as_tuple=True)
-    place = torch.arange(len(query), device=query.device) - (counts_Q.cumsum(0) - counts_Q)[query]
-    new_best_QW = best_QK.new_full((len(best_QK), width), -torch.inf)
-    new_rows_QW = rows_QK.new_full((len(rows_QK), width), NO_ROW)
-    new_best_QW[query, place] = scores_QP[query, column]
-    new_rows_QW[query, place] = column + start
-    # Both parts are in the order of rows where scores are equal, so a stable sort keeps that order.
-    best, order = torch.cat([best_QK, new_best_QW], dim=1).sort(dim=1, descending=True, stable=True)
+    bits_C = (scores_C + 0.0).view(torch.int32)  # -0.0 becomes 0.0, to which it is equal
+    ordered_C = bits_C ^ ((bits_C >> 31) & 0x7FFFFFFF)
+    return (ordered_C.to(torch.int64) << 32) | (LAST_ROW - rows_C)
+
+
+def _unpacked(best_QK: Tensor) -> Results:
+    import torch
+
+    ordered_QK = (best_QK >> 32).to(torch.int32)
+    scores_QK = (ordered_QK ^ ((ordered_QK >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    rows_QK = LAST_ROW - (best_QK & LAST_ROW)
+    nothing_QK = best_QK == NOTHING
+    scores_QK = torch.where(nothing_QK, -torch.inf, scores_QK)
+    return scores_QK.cpu().numpy(), torch.where(nothing_QK, NO_ROW, rows_QK).cpu().numpy()
+
+
+def _sorted(keys_QK: Tensor) -> Tensor:
+    """Greatest first. numpy sorts rows of integers several times as fast as torch."""
+    import torch
+
+    return torch.from_numpy(np.sort(keys_QK.numpy(), axis=1)[:, ::-1].copy())
+
+
+def _greatest(keys_QC: Tensor, depth: int) -> Tensor:
+    """The `depth` greatest keys of each query, the least of them first, the others in any order."""
+    import torch
+
+    if keys_QC.device.type != "cpu":
+        return keys_QC.topk(depth, dim=1).values.flip(1)
+    count = keys_QC.shape[1]
+    return torch.from_numpy(np.partition(keys_QC.numpy(), count - depth, axis=1)[:, count - depth :])
+
+
+def _merge(best_QK: Tensor, queries_QD: Tensor, block_PD: Tensor, start: int) -> Tensor:
+    """The K greatest keys of those so far and of a block that begins at row `start`, the least first."""
+    import torch
+
     depth = best_QK.shape[1]
-    rows = torch.cat([rows_QK, new_rows_QW], dim=1).gather(1, order[:, :depth])
-    return best[:, :depth].contiguous(), rows
+    if start == 0:
+        keys_QC = torch.cat([best_QK, *_all_keys(queries_QD, block_PD)], dim=1)
+        return _greatest(keys_QC, depth)
+    least_Q1 = torch.from_numpy(_unpacked(best_QK[:, :1])[0]).to(best_QK.device)
+    tiles = _candidates(queries_QD, block_PD, least_Q1, start)
+    counts = [torch.bincount(query_C, minlength=len(best_QK)) for query_C, _ in tiles]
+    width = int(torch.stack(counts).sum(dim=0).max()) if len(best_QK) else 0
+    if width == 0:
+        return best_QK
+    new_QW = best_QK.new_full((len(best_QK), width), NOTHING)
+    filled_Q = torch.zeros_like(counts[0])
+    for (query_C, key_C), counts_Q in zip(tiles, counts, strict=True):
+        # A tile's candidates are in the order of their queries.
+        place_C = torch.arange(len(query_C), device=query_C.device) + (filled_Q - (counts_Q.cumsum(0) - counts_Q))[query_C]
+        new_QW[query_C, place_C] = key_C
+        filled_Q += counts_Q
+    return _greatest(torch.cat([best_QK, new_QW], dim=1), depth)
+
+
+def _all_keys(queries_QD: Tensor, block_PD: Tensor) -> list[Tensor]:
+    import torch
+
+    keys = []
+    for begin in range(0, len(block_PD), TILE):
+        scores_QP = queries_QD @ block_PD[begin : begin + TILE].T
+        rows_P = torch.arange(begin, begin + scores_QP.shape[1], device=scores_QP.device)
+        keys.append(torch.where(scores_QP > -torch.inf, _packed(scores_QP, rows_P), NOTHING))
+    return keys
+
+
+def _candidates(queries_QD: Tensor, block_PD: Tensor, least_Q1: Tensor, start: int) -> list[tuple[Tensor, Tensor]]:
+    """Query and key of every passage of a block that scores above `least`, tile by tile, in the order of queries within a tile.
+
+    Equal to the K-th best so far is not better: rows only grow.
+    """
+    import torch
+
+    tiles = []
+    for begin in range(0, len(block_PD), TILE):
+        tile_PD = block_PD[begin : begin + TILE]
+        scores_QP = queries_QD @ tile_PD.T
+        above_QP = scores_QP > least_Q1
+        if above_QP.device.type == "cpu":
+            # numpy's is four times as fast as torch's where few are True.
+            flat_C = torch.from_numpy(np.flatnonzero(above_QP.numpy()))
+        else:
+            flat_C = above_QP.view(-1).nonzero().squeeze(1)
+        query_C = flat_C // len(tile_PD)
+        row_C = flat_C - query_C * len(tile_PD) + (start + begin)
+        tiles.append((query_C, _packed(scores_QP.view(-1)[flat_C], row_C)))
+    return tiles

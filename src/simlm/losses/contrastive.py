@@ -2,7 +2,7 @@
 
 Source: SimLM, arXiv 2207.02578, eq. 3 (our `temperature` is the paper's tau); `info_nce_all_pairs` is the loss of its public code.
 Differs: the mean runs over the queries of all devices, so the loss does not change with their number; passages known to be
-relevant to a query are left out of its negatives.
+relevant to a query are left out of its negatives. A temperature is a number or a tensor of one number, which then gets gradient.
 Shapes: Q queries (this device's), A queries of all devices, P passages of all devices (A groups), G group size, D embedding dim.
 """
 
@@ -16,7 +16,7 @@ from simlm.errors import ShapeError
 
 
 def info_nce(
-    queries_QD: Tensor, passages_PD: Tensor, positives_Q: Tensor, *, temperature: float, excluded_QP: Tensor | None = None
+    queries_QD: Tensor, passages_PD: Tensor, positives_Q: Tensor, *, temperature: float | Tensor, excluded_QP: Tensor | None = None
 ) -> Tensor:
     """Mean negative log-probability (nats) of each query's positive among all P passages.
 
@@ -36,7 +36,7 @@ def info_nce_all_pairs(
     passages_PD: Tensor,
     positives_A: Tensor,
     *,
-    temperature: float,
+    temperature: float | Tensor,
     rows_Q: Tensor | None = None,
     excluded_QP: Tensor | None = None,
     excluded_QA: Tensor | None = None,
@@ -66,8 +66,8 @@ def info_nce_all_pairs(
     return F.cross_entropy(torch.cat([scores_QP, *pairs], dim=1), positives_A[rows_Q])
 
 
-def query_to_passages(queries_QD: Tensor, passages_PD: Tensor, *, temperature: float, excluded_QP: Tensor | None = None) -> Tensor:
-    """float32 [Q, P]: dot products divided by the temperature, -inf where excluded."""
+def query_to_passages(queries_QD: Tensor, passages_PD: Tensor, *, temperature: float | Tensor, excluded_QP: Tensor | None = None) -> Tensor:
+    """[Q, P], float32 or wider: dot products divided by the temperature, -inf where excluded."""
     scores_QP = similarity(queries_QD, passages_PD, temperature=temperature)
     if excluded_QP is None:
         return scores_QP
@@ -79,18 +79,23 @@ def query_to_passages(queries_QD: Tensor, passages_PD: Tensor, *, temperature: f
 
 
 def group_scores(queries_QD: Tensor, passages_QGD: Tensor) -> Tensor:
-    """float32 [Q, G]: dot products of each query with the passages of its own group."""
+    """[Q, G], float32 or wider: dot products of each query with the passages of its own group."""
     with torch.autocast(queries_QD.device.type, enabled=False):
-        return torch.einsum("qd,qgd->qg", queries_QD.float(), passages_QGD.float())
+        return torch.einsum("qd,qgd->qg", at_least_fp32(queries_QD), at_least_fp32(passages_QGD))
 
 
-def similarity(left_ND: Tensor, right_MD: Tensor, *, temperature: float) -> Tensor:
-    """float32 [N, M]: dot products divided by the temperature, also inside autocast."""
+def similarity(left_ND: Tensor, right_MD: Tensor, *, temperature: float | Tensor) -> Tensor:
+    """[N, M], float32 or wider: dot products divided by the temperature, also inside autocast."""
     if left_ND.shape[-1] != right_MD.shape[-1]:
         raise ShapeError(f"embeddings of {left_ND.shape[-1]} and of {right_MD.shape[-1]} dimensions cannot be compared")
     # At temperature 0.02 scores reach 50, where bf16 resolves only 0.25: stay in fp32.
     with torch.autocast(left_ND.device.type, enabled=False):
-        return left_ND.float() @ right_MD.float().T / temperature
+        return at_least_fp32(left_ND) @ at_least_fp32(right_MD).T / temperature
+
+
+def at_least_fp32(values: Tensor) -> Tensor:
+    """Half precision as float32; float64 stays."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def _check_positives(positives: Tensor, scores_QP: Tensor) -> None:

@@ -7,6 +7,7 @@ Shapes: B batch rows, T tokens, H hidden, D embedding dim (= H).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from simlm.artifacts import disk_error, write_json
 from simlm.errors import ModelError
 from simlm.models.backbone import load_encoder, max_positions, quiet, takes_token_types
+from simlm.models.first_state import first_states, has_shortcut
 from simlm.models.model_folder import SIMLM_FILE, Pooling, read_model_folder, save_tokenizer
 from simlm.recipe import ModelSettings
 
@@ -35,14 +37,30 @@ class BiEncoder(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None) -> Tensor:
         """float32 [B, D], unit length. attention_mask None means that no row is padded (mean pooling then takes every position)."""
-        types = {"token_type_ids": token_type_ids} if takes_token_types(self.encoder) else {}
-        hidden_BTH = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
+        if self.pooling == "cls" and has_shortcut(self.encoder):
+            pooled_BH = first_states(self.encoder, input_ids, attention_mask, token_type_ids)
+        else:
+            types = {"token_type_ids": token_type_ids} if takes_token_types(self.encoder) else {}
+            hidden_BTH = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
+            pooled_BH = pool(hidden_BTH, attention_mask, self.pooling)
         # Pooling and length in fp32: at temperature 0.02 bf16's three digits are not enough.
-        return F.normalize(pool(hidden_BTH, attention_mask, self.pooling).float(), dim=-1)
+        return F.normalize(pooled_BH.float(), dim=-1)
 
-    def save(self, folder: Path | str, tokenizer: PreTrainedTokenizerFast, *, max_query_tokens: int, max_passage_tokens: int) -> None:
-        """Write a folder that SentenceTransformer, AutoModel and `load` read; its encode_query and encode_document use the two lengths.
+    def save(
+        self,
+        folder: Path | str,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        max_query_tokens: int,
+        max_passage_tokens: int,
+        query_prompt: str = "",
+        passage_prompt: str = "",
+        matryoshka: Sequence[int] = (),
+    ) -> None:
+        """Write a folder that SentenceTransformer, AutoModel and `load` read.
 
+        Its encode_query and encode_document use the two lengths and put the two prompts before each text.
+        matryoshka: sizes to which its vectors may be cut, for whoever reads simlm.json.
         Raises ModelError if a length is more than the encoder has positions, DiskError if the folder cannot be written.
         """
         folder = Path(folder)
@@ -53,18 +71,22 @@ class BiEncoder(nn.Module):
             "dim": self.dim,
             "max_query_tokens": max_query_tokens,
             "max_passage_tokens": max_passage_tokens,
+            "query_prompt": query_prompt,
+            "passage_prompt": passage_prompt,
+            "matryoshka": list(matryoshka),
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with quiet():
                 self.encoder.save_pretrained(folder)
                 save_tokenizer(folder, tokenizer, token_types=takes_token_types(self.encoder))
-                self._save_modules(folder, max_query_tokens, max_passage_tokens)
+                prompts = {"query": query_prompt, "document": passage_prompt}
+                self._save_modules(folder, max_query_tokens, max_passage_tokens, prompts)
             write_json(folder / SIMLM_FILE, facts)
         except OSError as error:
             raise disk_error(error, folder) from error
 
-    def _save_modules(self, folder: Path, max_query_tokens: int, max_passage_tokens: int) -> None:
+    def _save_modules(self, folder: Path, max_query_tokens: int, max_passage_tokens: int, prompts: dict[str, str]) -> None:
         """Let sentence-transformers write its own files: what it writes it reads."""
         from sentence_transformers import SentenceTransformer
         from sentence_transformers.sentence_transformer.modules import Normalize, Transformer
@@ -74,7 +96,7 @@ class BiEncoder(nn.Module):
             str(folder), query_length=max_query_tokens, document_length=max_passage_tokens, max_seq_length=max_passage_tokens
         )
         modules = [transformer, PoolingModule(self.dim, self.pooling), Normalize()]
-        model = SentenceTransformer(modules=modules, similarity_fn_name="cosine", device="cpu")
+        model = SentenceTransformer(modules=modules, similarity_fn_name="cosine", device="cpu", prompts=prompts)
         model.save(str(folder), create_model_card=False)
 
     @classmethod

@@ -13,6 +13,7 @@ from transformers.utils.hub import cached_file
 
 from simlm.errors import ModelError
 from simlm.models.backbone import resolve_model
+from simlm.recipe import ModelSettings
 
 SIMLM_FILE = "simlm.json"
 Pooling = Literal["cls", "mean"]
@@ -28,6 +29,9 @@ class ModelFolder:
 
     role: of simlm.json; otherwise told from the files of sentence-transformers and the architecture's name.
     max_query_tokens, max_passage_tokens, max_pair_tokens: special tokens included.
+    query_prompt, passage_prompt: what stands before each text; "" = nothing, which only simlm.json says.
+    matryoshka: sizes below the whole that training has also seen, to which the first numbers of a vector may be cut (and brought to unit
+    length again); empty = none.
     """
 
     role: Role | None
@@ -35,6 +39,9 @@ class ModelFolder:
     max_query_tokens: int | None
     max_passage_tokens: int | None
     max_pair_tokens: int | None
+    query_prompt: str | None = None
+    passage_prompt: str | None = None
+    matryoshka: tuple[int, ...] = ()
 
 
 def read_model_folder(ref: str, revision: str | None = None) -> ModelFolder:
@@ -53,9 +60,42 @@ def read_model_folder(ref: str, revision: str | None = None) -> ModelFolder:
         pooling = _pooling_of(ref, modules, revision)
         limit = (read_json(ref, "sentence_bert_config.json", revision) or {}).get("max_seq_length")
         limit = limit or (read_json(ref, "tokenizer_config.json", revision) or {}).get("model_max_length")
+    query_prompt, passage_prompt = _prompts_of(ref, own, revision) if role == "retriever" else (None, None)
     return ModelFolder(
-        role, pooling, own.get("max_query_tokens", limit), own.get("max_passage_tokens", limit), own.get("max_pair_tokens", limit)
+        role,
+        pooling,
+        own.get("max_query_tokens", limit),
+        own.get("max_passage_tokens", limit),
+        own.get("max_pair_tokens", limit),
+        query_prompt,
+        passage_prompt,
+        tuple(own.get("matryoshka", ())),
     )
+
+
+def prompts_of(model: ModelSettings) -> tuple[str, str]:
+    """What stands before each query and each passage that a model encodes.
+
+    A retriever of ours says it itself; for any other checkpoint the settings do, or else its own sentence-transformers prompts.
+    """
+    if model.start == "scratch":
+        return model.query_prompt or "", model.passage_prompt or ""
+    found = read_model_folder(model.start, model.revision)
+    own = read_json(model.start, SIMLM_FILE, model.revision) is not None and found.role == "retriever"
+    chosen = []
+    for wanted, said in ((model.query_prompt, found.query_prompt), (model.passage_prompt, found.passage_prompt)):
+        chosen.append((said if own or wanted is None else wanted) or "")
+    return chosen[0], chosen[1]
+
+
+def _prompts_of(ref: str, own: dict[str, Any], revision: str | None) -> tuple[str | None, str | None]:
+    """Prompts of simlm.json, else those that sentence-transformers keeps for queries and for documents."""
+    if own:
+        return own.get("query_prompt", ""), own.get("passage_prompt", "")
+    config = read_json(ref, "config_sentence_transformers.json", revision) or {}
+    prompts: dict[str, str] = config.get("prompts") or {}
+    passage = next((prompts[name] for name in ("document", "passage", "corpus") if prompts.get(name)), None)
+    return prompts.get("query") or None, passage
 
 
 def read_json(ref: str, name: str, revision: str | None = None) -> Any:

@@ -1,18 +1,24 @@
-"""Which device computes, and where bf16 pays.
+"""Which device computes, and where bf16 and int8 pay.
 
 bf16 is "fast" where the processor multiplies bf16 matrices itself: CUDA devices from compute capability 8, x86 with AVX512-BF16 or
-AMX, ARM with the bf16 extension. Elsewhere it is emulated, and slower than fp32.
+AMX, ARM with the bf16 extension. Elsewhere it is emulated, and slower than fp32. int8 products are there on x86 processors; how much they
+gain depends on VNNI.
 """
 
 from __future__ import annotations
 
+import platform
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-Precision = Literal["auto", "fp32", "bf16"]
+from simlm.errors import ModelError
+
+Precision = Literal["auto", "fp32", "bf16", "int8", "fast"]
+Computed = Literal["fp32", "bf16", "int8"]
+"""What a precision can come to on a device."""
 
 _CPU_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 """As /proc/cpuinfo names them: the first two on x86, the last on ARM."""
@@ -39,6 +45,33 @@ def resolve_bf16(wanted: bool | Literal["auto"], device_type: str) -> bool:
     if device_type == "cpu":
         return cpu_has_bf16()
     return device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def has_int8(device_type: str) -> bool:
+    """Whether a device computes in int8 here: x86 processors, with oneDNN, which torch's builds for them bring."""
+    if device_type != "cpu" or platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+
+def resolve_precision(wanted: Precision, device_type: str) -> Computed:
+    """What a device ("cpu", "cuda" ...) computes in.
+
+    "auto" and "fast" are bf16 where it is fast. Elsewhere "auto" is fp32, and "fast" int8 where there is that. Told from the kind of
+    processor, never by timing: the same machine gives the same vectors every time. Raises ModelError for "int8" where there is none.
+    """
+    if wanted == "fp32":
+        return "fp32"
+    if wanted == "bf16" or (wanted != "int8" and resolve_bf16("auto", device_type)):
+        return "bf16"
+    if wanted == "auto" or (wanted == "fast" and not has_int8(device_type)):
+        return "fp32"
+    if not has_int8(device_type):
+        raise ModelError(
+            f'precision = "int8" was asked for on {device_type} of {platform.machine()}; it is there on x86 processors only; '
+            'use "auto" (exact) or "fast" (int8 or bf16, where there is one of them)'
+        )
+    return "int8"
 
 
 def best_device(use_cpu: bool = False) -> torch.device:

@@ -99,10 +99,11 @@ class Reranker:
         scores = np.empty(len(pairs), dtype=np.float32)
         starts = range(0, len(pairs), CHUNK)
         for start in Progress(quiet=not progress).track(starts, "score", total=len(starts), unit="chunk"):
-            self.inference.run(self._batches(pairs[start : start + CHUNK]), scores[start : start + CHUNK])
+            self.inference.run(self.pair_batches(pairs[start : start + CHUNK]), scores[start : start + CHUNK])
         return scores
 
-    def _batches(self, pairs: list[Text]) -> Iterator[tuple[Ints, dict[str, Tensor]]]:
+    def pair_batches(self, pairs: list[Text]) -> Iterator[tuple[Ints, dict[str, Tensor]]]:
+        """Batches for `inference.run`, by near-equal length, of (query, passage as one string) pairs."""
         sequences = self._tokenizer.encode(pairs, self.max_pair_tokens)
         for positions in batches(sequences.lengths(), self.batch_tokens):
             yield positions, sequences.tensors(positions)

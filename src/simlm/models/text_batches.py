@@ -82,6 +82,11 @@ class TextTokenizer:
         types = [encoding.type_ids for encoding in encodings] if self._has_types else None
         return Sequences([encoding.ids for encoding in encodings], types, self._pad)
 
+    def leaves_room(self, prompt: str, max_tokens: int) -> bool:
+        """Whether a pair of `max_tokens` has room for at least one token behind a prompt."""
+        self._backend.no_truncation()
+        return len(self._backend.encode(prompt, "").ids) < max_tokens
+
 
 def _shortened(text: Text, limit: int) -> Text:
     """The text itself, or its first `limit` characters up to the last space among them (parts of a pair likewise)."""

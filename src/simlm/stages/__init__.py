@@ -40,6 +40,16 @@ class Context:
     def resume(self) -> Path:
         return self.builder.resume
 
+    @property
+    def pair_scores(self) -> Path:
+        """Folder of the run's teacher scores, which stay when the artifacts that they were made for are made again."""
+        return self.builder.path.parent / "pair_scores"
+
+    @property
+    def embedding_cache(self) -> Path:
+        """Folder of the vectors that earlier runs of this step have made."""
+        return self.builder.path.parent / "embedding_cache" / self.builder.path.name
+
     def record(self, **facts: Any) -> None:
         """Keep JSON facts in the manifest (counts, losses, rates)."""
         self.builder.facts.update(facts)
@@ -61,17 +71,20 @@ class StageRow:
 
 STAGES: dict[str, StageRow] = {
     "prepare": StageRow("simlm.stages.prepare", "store", 1, "PrepareSettings"),
+    "make_queries": StageRow("simlm.stages.make_queries", "store", 1, "PseudoQuerySettings"),
+    "filter_queries": StageRow("simlm.stages.filter_queries", "store", 1, "ConsistencySettings"),
     "train_generator": StageRow("simlm.stages.train_generator", "model", 2, "GeneratorSettings", distributed=True),
     "pretrain": StageRow("simlm.stages.pretrain", "model", 3, "PretrainSettings", distributed=True),
-    "train_retriever": StageRow("simlm.stages.train_retriever", "model", 1, "RetrieverSettings", distributed=True),
-    "encode": StageRow("simlm.stages.encode", "embeddings", 1, "EncodeSettings"),
+    "train_retriever": StageRow("simlm.stages.train_retriever", "model", 2, "RetrieverSettings", distributed=True),
+    "encode": StageRow("simlm.stages.encode", "embeddings", 1, "EncodeSettings", distributed=True),
     "build_index": StageRow("simlm.stages.build_index", "index", 2, "IndexSettings"),
-    "search": StageRow("simlm.stages.search", "run", 1, "SearchSettings"),
+    "search": StageRow("simlm.stages.search", "run", 2, "SearchSettings", distributed=True),
     "fuse": StageRow("simlm.stages.fuse", "run", 1, "FuseSettings"),
     "select_run": StageRow("simlm.stages.select_run", "run", 2, "EvaluateSettings"),
     "mine_negatives": StageRow("simlm.stages.mine_negatives", "groups", 1, "MiningSettings"),
     "train_reranker": StageRow("simlm.stages.train_reranker", "model", 1, "RerankerSettings", distributed=True),
     "rerank": StageRow("simlm.stages.rerank", "run", 1, "RerankSettings"),
-    "distill": StageRow("simlm.stages.distill", "model", 1, "DistillSettings", distributed=True),
+    "score_groups": StageRow("simlm.stages.score_groups", "run", 1, "HybridTeacherSettings"),
+    "distill": StageRow("simlm.stages.distill", "model", 2, "DistillSettings", distributed=True),
     "evaluate": StageRow("simlm.stages.evaluate", "report", 1, "EvaluateSettings"),
 }

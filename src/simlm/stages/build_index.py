@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from simlm.artifacts import open_artifact, read_manifest, write_json
-from simlm.data.store import Store, Table
+from simlm.artifacts import open_artifact, write_json
+from simlm.data.store import Store, Table, passages_fingerprint
 from simlm.errors import ArtifactError
 from simlm.index import INFO, check_options, index_class
 from simlm.recipe import IndexSettings
@@ -32,8 +32,7 @@ def run(settings: IndexSettings, inputs: dict[str, Path], context: Context) -> N
         if embedded != count:
             raise ArtifactError(f"{vectors}: {embedded:,} vectors for a corpus of {count:,} passages; run the encode step again")
         info = kind.build(vectors, context.work, options=settings.options, seed=context.seed)
-    store_fingerprint = read_manifest(inputs["store"], "store").fingerprint
-    write_json(context.work / INFO, info | {"type": settings.type, "store_fingerprint": store_fingerprint})
+    write_json(context.work / INFO, info | {"type": settings.type, "store_fingerprint": passages_fingerprint(inputs["store"])})
     bytes_total = sum(file.stat().st_size for file in index_files(context))
     facts: dict[str, Any] = {"index_type": settings.type, "num_passages": count, "bytes_total": bytes_total}
     context.record(**info | facts, bytes_per_passage=round(bytes_total / max(count, 1), 1))

@@ -1,4 +1,4 @@
-"""Hybrid search: the dense run and the BM25 run fused by reciprocal rank, the weight chosen on the dev queries."""
+"""Hybrid search: the dense run and the BM25 run fused by rank or by score, the weight fixed or chosen on the dev queries."""
 
 from __future__ import annotations
 
@@ -31,12 +31,17 @@ def run(settings: FuseSettings, inputs: dict[str, Path], context: Context) -> No
         weight, chosen_on = settings.dense_weight, "settings"
     elif "dev" in splits and any(grade > 0 for grades in store.qrels("dev").values() for grade in grades.values()):
         runs = Run.load(dense.path, "dev"), Run.load(bm25.path, "dev")
-        weight, curve = tune_weight(*runs, store.qrels("dev"), constant=settings.constant)
+        weight, curve = tune_weight(*runs, store.qrels("dev"), constant=settings.constant, method=settings.method)
         chosen_on = "dev"
     num_queries = 0
     for split in splits:
         fused = fuse_runs(
-            Run.load(dense.path, split), Run.load(bm25.path, split), dense_weight=weight, constant=settings.constant, depth=settings.depth
+            Run.load(dense.path, split),
+            Run.load(bm25.path, split),
+            dense_weight=weight,
+            constant=settings.constant,
+            depth=settings.depth,
+            method=settings.method,
         )
         fused.save(context.work)
         num_queries += len(fused)

@@ -64,7 +64,7 @@ def run(settings: PrepareSettings, inputs: dict[str, Path], context: Context) ->
         facts["source"] = meta
     writer.finish(scripts=selection.scripts, source={"dataset": settings.data.dataset, "path": settings.data.path or "", **meta})
     context.record(**facts)
-    for message in _messages(facts):
+    for message in _messages(facts, settings.data.splits):
         context.progress.say(message)
 
 
@@ -141,14 +141,14 @@ def _meta(settings: PrepareSettings) -> dict[str, str]:
     return {key: meta[key] for key in ("name", "lang", "licence", "license", "source") if isinstance(meta.get(key), str)}
 
 
-def _messages(facts: dict[str, Any]) -> list[str]:
-    """What a user should know at once."""
+def _messages(facts: dict[str, Any], wanted: list[Split] | None) -> list[str]:
+    """What a user should know at once. wanted: splits that were to be read, None for all."""
     passages, queries = facts["passages"], facts["queries"]
     counts = ", ".join(f"{queries[split]['rows']:,} {split}" for split in queries) or "none"
     lines = [
         f"store: {passages['rows']:,} passages of {passages['mean_tokens']} tokens on average ({passages['cut']:,} cut); queries: {counts}"
     ]
-    if "train" not in queries:
+    if "train" not in queries and (wanted is None or "train" in wanted):
         lines.append(
             "no training queries: pre-training, BM25 and the indexes work; a trained retriever needs queries and qrels of the split train"
         )

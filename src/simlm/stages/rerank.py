@@ -1,26 +1,28 @@
 """rerank: cross-encoder scores (raw logits) for the top of a run, or for training groups (the teacher scores of distillation).
 
-Pairs are put together from the store's tokens. Queries go through in shards of about `shard_pairs` pairs, sorted by length within a shard;
-a finished shard survives a kill, and memory does not grow with the number of pairs scored.
+What the run's pair_scores/ knows of this very model is looked up, and only the rest is scored: another depth or filter costs what is new.
+Queries go through in shards of about `shard_pairs` pairs, sorted by length within a shard; a shard's scores are kept before the next one
+begins, so a kill loses one shard at most, and memory does not grow with the number of pairs. Pairs are put together from the tokens of
+the store, or from its texts where the model has another tokenizer.
 """
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from simlm.artifacts import Manifest, open_artifact, read_manifest
 from simlm.data.batches import collate_pairs, length_batches, pair_lengths
 from simlm.data.store import Store
-from simlm.errors import ArtifactError
-from simlm.rankings import Floats, Groups, Ints, Run, offsets_of
-from simlm.recipe import RerankSettings
+from simlm.data.teacher_scores import Teacher, TeacherScores
+from simlm.errors import ArtifactError, DataError
+from simlm.rankings import Floats, Groups, Ints, Run, RunWriter, offsets_of
+from simlm.recipe import OutsideRerankSettings, RerankSettings
 from simlm.stages import Context
 from simlm.types import Split
 
@@ -33,35 +35,35 @@ TIMED_QUERIES, TIMED_SECONDS = 20, 20.0
 
 
 def run(settings: RerankSettings, inputs: dict[str, Path], context: Context) -> None:
-    """Inputs: store, model, and either run (writes `settings.splits`) or groups (writes split train).
+    """Inputs: store, model (none with OutsideRerankSettings), and either run (writes `settings.splits`) or groups (writes split train).
 
-    Of a group the positives and the first `depth` negatives are scored. Facts: num_queries, num_pairs, depth, precision,
-    pairs_per_second (of this try) and, of a run, milliseconds_per_query (first stage and re-ranking together, one query at a time) and
-    bytes_per_passage (of the first stage's index).
+    Of a group the positives and the first `depth` negatives are scored. Facts: num_queries, num_pairs, of which num_known_pairs were not
+    scored again, depth, precision, pairs_per_second (of what was scored in this try) and, of a run, milliseconds_per_query (first stage and
+    re-ranking together, one query at a time) and bytes_per_passage (of the first stage's index).
+    Raises DataError before scoring if a group has no positive or no group has a negative, ModelError for a model that has not one label.
     """
-    from simlm.models.reranker import load_reranker
-    from simlm.models.vocabulary import check_vocabulary
-
     store = Store.open(inputs["store"])
     candidates, first_stage = _candidates(settings, inputs)
-    model = open_artifact(inputs["model"], "model").path
-    tokens = _max_pair_tokens(settings, model)
-    reranker = load_reranker(model, precision=settings.precision, max_pair_tokens=tokens, batch_tokens=settings.batch_tokens)
-    check_vocabulary(model, store.tokenizer())
-    scorer = _Scorer(store, reranker, settings)
-    runs = [scorer.rerank(lists, context) for lists in candidates]
-    for reranked in runs:
-        reranked.save(context.work)
+    _check_groups(candidates, store)
+    scorer = _open_scorer(store, settings, inputs, context)
+    for lists in candidates:
+        scorer.rerank(lists, context)
+    runs = [Run.load(context.work, lists.split) for lists in candidates]
     context.record(
         num_queries=sum(len(reranked) for reranked in runs),
-        num_pairs=sum(len(reranked.passage_rows) for reranked in runs),
+        num_pairs=scorer.num_known + scorer.num_scored,
+        num_known_pairs=scorer.num_known,
         depth=settings.depth,
-        max_pair_tokens=reranker.max_pair_tokens,
-        precision=reranker.precision,
+        max_pair_tokens=scorer.reranker.max_pair_tokens,
+        precision=scorer.reranker.precision,
         pairs_per_second=scorer.pairs_per_second(),
+        teacher=scorer.scores.teacher.key,
     )
+    if scorer.num_known:
+        total = scorer.num_known + scorer.num_scored
+        context.progress.say(f"rerank: {scorer.num_known:,} of {total:,} pairs had been scored before by this model")
     if "groups" not in inputs:
-        own = _milliseconds_per_query(store, reranker, runs)
+        own = _milliseconds_per_query(store, scorer.reranker, runs)
         earlier = first_stage.facts.get("milliseconds_per_query")
         context.record(
             milliseconds_per_query=round(own + earlier, 3) if own is not None and earlier is not None else own,
@@ -70,12 +72,36 @@ def run(settings: RerankSettings, inputs: dict[str, Path], context: Context) -> 
         )
 
 
-def _max_pair_tokens(settings: RerankSettings, model: Path) -> int:
-    """Those of the settings, but not more than the model was trained with."""
-    from simlm.models.model_folder import read_model_folder
+def _open_scorer(store: Store, settings: RerankSettings, inputs: dict[str, Path], context: Context) -> _Scorer:
+    """The model on its device, and what it has scored before in this run."""
+    from simlm.models.backbone import load_tokenizer
+    from simlm.models.reranker import load_reranker
+    from simlm.models.vocabulary import check_vocabulary, tokenizer_digest
+    from simlm.models.weights import model_digest
 
-    own = read_model_folder(str(model)).max_pair_tokens
-    return settings.max_pair_tokens if own is None else min(settings.max_pair_tokens, own)
+    outside = isinstance(settings, OutsideRerankSettings)
+    reference = settings.checkpoint if isinstance(settings, OutsideRerankSettings) else str(open_artifact(inputs["model"], "model").path)
+    reranker = load_reranker(reference, precision=settings.precision, batch_tokens=settings.batch_tokens)
+    # Not more than the model was trained with, or has positions for.
+    reranker.max_pair_tokens = min(settings.max_pair_tokens, reranker.max_pair_tokens)
+    own_tokens = ""
+    if outside:
+        digest = tokenizer_digest(load_tokenizer(reference))
+        own_tokens = digest if digest != tokenizer_digest(store.tokenizer()) else ""
+    else:
+        check_vocabulary(reference, store.tokenizer())
+    teacher = Teacher(
+        reference if outside else inputs["model"].name,
+        weights=model_digest(reranker.inference.model),
+        tokenizer=own_tokens,
+        max_pair_tokens=reranker.max_pair_tokens,
+        precision=reranker.precision,
+        store=read_manifest(store.path, "store").fingerprint,
+    )
+    scores = TeacherScores.open(context.pair_scores, teacher)
+    for name in scores.dropped:
+        context.progress.say(f"rerank: {scores.folder / name} is damaged; its pairs are scored again")
+    return _Scorer(store, reranker, settings, scores)
 
 
 # --- which pairs
@@ -131,88 +157,96 @@ def _candidates(settings: RerankSettings, inputs: dict[str, Path]) -> tuple[list
     return [_Lists(ranked.split, ranked.query_rows, ranked, settings.depth) for ranked in runs], source.manifest
 
 
+def _check_groups(candidates: list[_Lists], store: Store) -> None:
+    """DataError if a group has no positive, or no group a negative: nothing could be taught with such scores."""
+    for lists in candidates:
+        if isinstance(lists.source, Run):
+            continue
+        without = np.flatnonzero(np.diff(lists.source.positive_offsets) == 0)
+        if len(without):
+            name = store.queries(lists.split).ids[int(lists.query_rows[without[0]])]
+            raise DataError(f"{len(without):,} groups have no positive passage, the first is of query {name!r}; mine again")
+        if len(lists.query_rows) and not np.diff(lists.source.negative_offsets).any():
+            raise DataError(
+                f"all negatives of all {len(lists.query_rows):,} groups are filtered away, so there is nothing for a teacher to compare; "
+                "loosen the filters in [mining], or mine deeper"
+            )
+
+
 # --- their scores
 
 
 class _Scorer:
-    """Scores lists of candidates shard by shard, and counts."""
+    """Scores lists of candidates shard by shard, as far as they are not known, and counts."""
 
-    def __init__(self, store: Store, reranker: Reranker, settings: RerankSettings) -> None:
+    def __init__(self, store: Store, reranker: Reranker, settings: RerankSettings, scores: TeacherScores) -> None:
         self.store = store
         self.reranker = reranker
         self.settings = settings
-        self.num_pairs = 0
+        self.scores = scores
+        self.num_known = 0
+        self.num_scored = 0
         self.seconds = 0.0
 
-    def rerank(self, lists: _Lists, context: Context) -> Run:
-        """The lists ranked by the re-ranker; shards that an earlier try finished are read from `resume/`."""
+    def rerank(self, lists: _Lists, context: Context) -> None:
+        """Write the lists ranked by the re-ranker as a run into `context.work`."""
         bounds = lists.shards(self.settings.shard_pairs)
-        files = []
-        for begin, end in context.progress.track(bounds, f"rerank {lists.split}", total=len(bounds), unit="shard"):
-            file = context.resume / f"{lists.split}-{begin}.npz"
-            if not file.exists():
-                _save_shard(file, self._score(lists, begin, end))
-            files.append(file)
-        return _joined(lists.split, files)
+        with RunWriter(context.work, lists.split, lists.query_rows, lists.counts()) as writer:
+            for begin, end in context.progress.track(bounds, f"rerank {lists.split}", total=len(bounds), unit="shard"):
+                writer.write(*self._ranked(lists, begin, end))
 
     def pairs_per_second(self) -> float | None:
         """Of what was scored in this try; None if nothing was."""
-        return round(self.num_pairs / self.seconds, 1) if self.num_pairs else None
+        return round(self.num_scored / self.seconds, 1) if self.num_scored else None
 
-    def _score(self, lists: _Lists, begin: int, end: int) -> Run:
-        started = time.perf_counter()
+    def _ranked(self, lists: _Lists, begin: int, end: int) -> tuple[Ints, Floats]:
+        """The lists at `begin` to `end`, end to end, each best first."""
         passages = [lists.rows_of(position) for position in range(begin, end)]
-        query_rows = np.asarray(lists.query_rows[begin:end])
         offsets = offsets_of([len(rows) for rows in passages])
-        pair_queries = np.repeat(query_rows, np.diff(offsets))
-        pair_passages = np.concatenate(passages)
-        logits = np.empty(len(pair_queries), dtype=np.float32)
-        if len(logits):
-            queries, corpus = self.store.queries(lists.split), self.store.passages
+        queries_N = np.repeat(np.asarray(lists.query_rows[begin:end]), np.diff(offsets))
+        passages_N = np.concatenate(passages)
+        logits_N = self.scores.find(lists.split, queries_N, passages_N)
+        unknown = np.flatnonzero(np.isnan(logits_N))
+        self.num_known += len(logits_N) - len(unknown)
+        if len(unknown):
+            logits_N[unknown] = self._score(lists.split, queries_N[unknown], passages_N[unknown])
+            self.scores.append(lists.split, queries_N[unknown], passages_N[unknown], logits_N[unknown])
+        return _best_first(offsets, passages_N, logits_N)
 
-            def name(pair: int) -> str:
-                return f"query {queries.ids[int(pair_queries[pair])]!r} with passage {corpus.ids[int(pair_passages[pair])]!r}"
+    def _score(self, split: Split, queries_N: Ints, passages_N: Ints) -> Floats:
+        started = time.perf_counter()
+        query_ids, passage_ids = self.store.queries(split).ids, self.store.passages.ids
 
-            self.reranker.inference.run(self._batches(lists.split, pair_queries, pair_passages), logits, name=name)
-        self.num_pairs += len(logits)
+        def name(pair: int) -> str:
+            return f"query {query_ids[int(queries_N[pair])]!r} with passage {passage_ids[int(passages_N[pair])]!r}"
+
+        logits_N = np.empty(len(queries_N), dtype=np.float32)
+        batches = self._text_batches if self.scores.teacher.tokenizer else self._token_batches
+        self.reranker.inference.run(batches(split, queries_N, passages_N), logits_N, name=name)
+        self.num_scored += len(logits_N)
         self.seconds += time.perf_counter() - started
-        return _ranked(lists.split, query_rows, offsets, pair_passages, logits)
+        return logits_N
 
-    def _batches(self, split: Split, query_rows: Ints, passage_rows: Ints) -> Batches:
+    def _token_batches(self, split: Split, queries_N: Ints, passages_N: Ints) -> Batches:
         tokens = self.reranker.max_pair_tokens
-        lengths = pair_lengths(self.store, split, query_rows, passage_rows, max_tokens=tokens)
+        lengths = pair_lengths(self.store, split, queries_N, passages_N, max_tokens=tokens)
         for positions in length_batches(lengths, self.settings.batch_tokens):
-            batch = collate_pairs(self.store, split, query_rows[positions], passage_rows[positions], max_tokens=tokens)
+            batch = collate_pairs(self.store, split, queries_N[positions], passages_N[positions], max_tokens=tokens)
             yield positions, batch.tensors()
 
+    def _text_batches(self, split: Split, queries_N: Ints, passages_N: Ints) -> Batches:
+        from simlm.models.reranker import one_string
 
-def _ranked(split: Split, query_rows: Ints, offsets: Ints, passage_rows: Ints, scores: Floats) -> Run:
+        queries, table = self.store.queries(split), self.store.passages
+        texts = one_string([(table.title(int(row)), table.text(int(row))) for row in passages_N])
+        return self.reranker.pair_batches([(queries.text(int(row)), text) for row, text in zip(queries_N, texts, strict=True)])
+
+
+def _best_first(offsets: Ints, passages_N: Ints, logits_N: Floats) -> tuple[Ints, Floats]:
     """Each query's slice sorted: best first, of equal scores the smaller passage row."""
-    owner = np.repeat(np.arange(len(query_rows)), np.diff(offsets))
-    order = np.lexsort((passage_rows, -scores, owner))
-    return Run(split, query_rows, offsets, passage_rows[order], scores[order])
-
-
-def _save_shard(file: Path, shard: Run) -> None:
-    temporary = file.with_suffix(".tmp")
-    arrays = {"query_rows": shard.query_rows, "counts": np.diff(shard.offsets), "passage_rows": shard.passage_rows, "scores": shard.scores}
-    with open(temporary, "wb") as output:
-        np.savez(output, **arrays)  # type: ignore[arg-type, unused-ignore]
-        output.flush()
-        os.fsync(output.fileno())
-    temporary.replace(file)
-
-
-def _joined(split: Split, files: Sequence[Path]) -> Run:
-    """One run of the shards, in order."""
-    parts: dict[str, list[Any]] = {"query_rows": [np.empty(0, np.int64)], "counts": [np.empty(0, np.int64)]}
-    parts |= {"passage_rows": [np.empty(0, np.int64)], "scores": [np.empty(0, np.float32)]}
-    for file in files:
-        with np.load(file, allow_pickle=False) as shard:
-            for name, arrays in parts.items():
-                arrays.append(shard[name])
-    whole = {name: np.concatenate(arrays) for name, arrays in parts.items()}
-    return Run(split, whole["query_rows"], offsets_of(whole["counts"]), whole["passage_rows"], whole["scores"])
+    owners_N = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    order = np.lexsort((passages_N, -logits_N, owners_N))
+    return passages_N[order], logits_N[order]
 
 
 # --- how long one query takes

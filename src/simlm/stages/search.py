@@ -1,14 +1,13 @@
 """Search the queries of some splits in an index: one run a split.
 
-Queries go through in shards; a finished shard survives a kill. Dense queries are encoded from the store's tokens, with the model that
-encoded the passages.
+Queries go through in shards, dealt out to the processes; a finished shard survives a kill, and what it holds does not depend on the
+number of processes. Dense queries are encoded from the store's tokens, with the model that encoded the passages.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,16 +15,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from simlm.artifacts import open_artifact, read_manifest
-from simlm.data.store import Store, Table
-from simlm.errors import ArtifactError, DataError
+from simlm.data.store import Store, Table, passages_fingerprint
+from simlm.errors import ArtifactError
 from simlm.index import Index, Results, open_index
 from simlm.rankings import Floats, Ints, Run, offsets_of
 from simlm.recipe import SearchSettings
+from simlm.runtime import Ranks
 from simlm.stages import Context
 from simlm.types import Split
 
 if TYPE_CHECKING:
-    import torch
+    from simlm.data.prompts import Prompt
+    from simlm.models.inference import Batches
+    from simlm.models.retriever import Retriever
 
 SHARD_QUERIES = 4096
 """Searched between two points that survive a kill (or `batch_queries`, if that is more): the index is read once a shard."""
@@ -44,8 +46,17 @@ def run(settings: SearchSettings, inputs: dict[str, Path], context: Context) -> 
     tables = {split: store.queries(split) for split in dict.fromkeys(settings.splits)}
     depth = min(settings.depth, len(index))
     searcher = _dense_searcher(settings, inputs, index, store, depth) if index.takes == "vectors" else _TextSearcher(index, depth)
-    for split, table in tables.items():
-        _search_split(searcher, split, table, settings, context).save(context.work)
+    shards = [
+        _Shard(split, np.arange(start, min(start + size, len(table)), dtype=np.int64), context.resume / f"{split}-{start}.npz")
+        for size in [max(SHARD_QUERIES, settings.batch_queries)]
+        for split, table in tables.items()
+        for start in range(0, len(table), size)
+    ]
+    _search_shards(searcher, tables, shards, context)
+    if context.rank > 0:
+        return
+    for split in tables:
+        _joined(split, [shard.file for shard in shards if shard.split == split]).save(context.work)
     index_facts = read_manifest(inputs["index"], "index").facts
     context.record(
         milliseconds_per_query=_milliseconds_per_query(searcher, list(tables.values())),
@@ -59,8 +70,7 @@ def run(settings: SearchSettings, inputs: dict[str, Path], context: Context) -> 
 
 def _open_matching_index(inputs: dict[str, Path]) -> Index:
     index = open_index(inputs["index"])
-    store_fingerprint = read_manifest(inputs["store"], "store").fingerprint
-    if index.info["store_fingerprint"] != store_fingerprint:
+    if index.info["store_fingerprint"] != passages_fingerprint(inputs["store"]):
         raise ArtifactError(
             f"{inputs['index']}: built for another version of the corpus than {inputs['store']}, so passage rows do not fit; "
             "run the build_index step again"
@@ -68,17 +78,25 @@ def _open_matching_index(inputs: dict[str, Path]) -> Index:
     return index
 
 
-def _search_split(searcher: _Searcher, split: Split, table: Table, settings: SearchSettings, context: Context) -> Run:
-    shard = max(SHARD_QUERIES, settings.batch_queries)
-    files = []
-    starts = range(0, len(table), shard)
-    for start in context.progress.track(starts, f"search {split}", total=len(starts), unit="shard"):
-        file = context.resume / f"{split}-{start}.npz"
-        if not file.exists():
-            rows = np.arange(start, min(start + shard, len(table)), dtype=np.int64)
-            _save_shard(file, Run.from_matrix(split, rows, *_swapped(searcher.search(table, rows))))
-        files.append(file)
-    return _joined(split, files)
+@dataclass(frozen=True)
+class _Shard:
+    """Queries of one split, and where what was found for them is kept until all are done."""
+
+    split: Split
+    rows: Ints
+    file: Path
+
+
+def _search_shards(searcher: _Searcher, tables: dict[Split, Table], shards: list[_Shard], context: Context) -> None:
+    """Search what is not done yet: this process its share, then wait for the others."""
+    ranks = Ranks(context.rank, context.num_ranks)
+    pending = ranks.from_first(lambda: [place for place, shard in enumerate(shards) if not shard.file.exists()])
+    own = pending[context.rank :: context.num_ranks]
+    for place in context.progress.track(own, "search", total=len(own), unit="shard"):
+        shard = shards[place]
+        results = searcher.search(tables[shard.split], shard.rows)
+        _save_shard(shard.file, Run.from_matrix(shard.split, shard.rows, *_swapped(results)))
+    ranks.barrier()
 
 
 def _swapped(results: Results) -> tuple[Ints, Floats]:
@@ -146,58 +164,54 @@ class _TextSearcher:
 class _DenseSearcher:
     index: Index
     depth: int
-    encode: Callable[[dict[str, torch.Tensor]], Floats]
-    batch_tokens: int
-    tokenizer: Any
-    max_tokens: int
+    retriever: Retriever
+    prompt: Prompt | None
+    options: dict[str, int]
+    """Of the index's `search`."""
 
     def search(self, table: Table, rows: Ints) -> Results:
-        return self.index.search(self.encode_rows(table, rows), self.depth)
+        return self.index.search(self.encode_rows(table, rows), self.depth, **self.options)
 
     def encode_rows(self, table: Table, rows: Ints) -> Floats:
         """float32 [Q, D], in the order of `rows`."""
-        from simlm.data.batches import collate, length_batches
-
-        vectors_QD = np.empty((len(rows), int(self.index.info["dim"])), dtype=np.float32)
-        for part in length_batches(np.asarray(table.lengths[rows]), self.batch_tokens):
-            vectors_QD[part] = self.encode(collate(table, rows[part]).tensors())
+        vectors_QD = np.empty((len(rows), self.retriever.dim), dtype=np.float32)
+        self.retriever.inference.run(self._batches(table, rows), vectors_QD, name=lambda place: f"query {table.ids[int(rows[place])]!r}")
         return vectors_QD
 
+    def _batches(self, table: Table, rows: Ints) -> Batches:
+        from simlm.data.batches import collate, length_batches, sequence_lengths
+
+        max_tokens = self.retriever.max_query_tokens
+        lengths = sequence_lengths(table, rows, max_tokens=max_tokens, prompt=self.prompt)
+        for positions in length_batches(lengths, self.retriever.batch_tokens):
+            yield positions, collate(table, rows[positions], max_tokens=max_tokens, prompt=self.prompt).tensors()
+
     def ask(self, text: str) -> Results:
-        tokens = self.tokenizer([text], truncation=True, max_length=self.max_tokens, return_tensors="pt")
-        return self.index.search(self.encode(dict(tokens)), self.depth)
+        return self.index.search(self.retriever.encode_queries([text]), self.depth, **self.options)
 
 
 _Searcher = _TextSearcher | _DenseSearcher
 
 
 def _dense_searcher(settings: SearchSettings, inputs: dict[str, Path], index: Index, store: Store, depth: int) -> _DenseSearcher:
-    import torch
-
-    from simlm.models.biencoder import BiEncoder
+    from simlm.data.prompts import Prompt
     from simlm.models.model_folder import read_model_folder
-    from simlm.training.precision import autocast, resolve_bf16, training_device
+    from simlm.models.retriever import load_retriever
 
-    model = BiEncoder.load(open_artifact(inputs["model"], "model").path) if "model" in inputs else BiEncoder.load(settings.model)
-    if model.dim != index.info["dim"]:
-        raise ArtifactError(
-            f"{inputs['index']}: vectors of dimension {index.info['dim']}, the model makes {model.dim}; "
-            "give the model that encoded the passages"
-        )
-    device = training_device()
-    model.eval().to(device)
-    bf16 = resolve_bf16("auto" if settings.precision == "auto" else settings.precision == "bf16", device.type)
-
-    @torch.inference_mode()
-    def encode(tokens: dict[str, torch.Tensor]) -> Floats:
-        with autocast(device.type, bf16):
-            vectors_BD: Floats = model(**{name: tensor.to(device) for name, tensor in tokens.items()}).float().cpu().numpy()
-        if not np.isfinite(vectors_BD).all():
-            raise DataError('the model gives query vectors that are not finite numbers; use precision = "fp32", or train it again')
-        return vectors_BD
-
+    model = settings.model
     max_tokens = int(store.info["max_query_tokens"])
     if "model" in inputs:
+        model = model.model_copy(update={"start": str(open_artifact(inputs["model"], "model").path), "revision": None})
         # As long as the model was trained with, and as long as it cuts them itself: what is measured is what is shipped.
-        max_tokens = min(max_tokens, read_model_folder(str(inputs["model"])).max_query_tokens or max_tokens)
-    return _DenseSearcher(index, depth, encode, settings.batch_queries * max_tokens, store.tokenizer(), max_tokens)
+        max_tokens = min(max_tokens, read_model_folder(model.start).max_query_tokens or max_tokens)
+    retriever = load_retriever(
+        model, precision=settings.precision, max_query_tokens=max_tokens, batch_tokens=settings.batch_queries * max_tokens
+    )
+    if retriever.dim != index.info["dim"]:
+        raise ArtifactError(
+            f"{inputs['index']}: vectors of dimension {index.info['dim']}, the model makes {retriever.dim}; "
+            "give the model that encoded the passages"
+        )
+    prompt = Prompt.of(store.tokenizer(), retriever.query_prompt, max_tokens, key="query_prompt")
+    options = {"memory_bytes": settings.memory_budget * 2**20} if index.info["type"] == "flat" else {}
+    return _DenseSearcher(index, depth, retriever, prompt, options)

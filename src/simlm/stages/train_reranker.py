@@ -17,7 +17,9 @@ def run(settings: RerankerSettings, inputs: dict[str, Path], context: Context) -
     """Train on the mined groups and save the re-ranker."""
     from simlm.data.groups import TrainingGroups
     from simlm.data.store import Store
+    from simlm.models.backbone import encoder_of
     from simlm.models.crossencoder import CrossEncoder
+    from simlm.models.lora import add_lora, merge_lora
     from simlm.models.vocabulary import check_vocabulary
     from simlm.rankings import Groups, Run
     from simlm.training.initial import initial_model
@@ -41,7 +43,10 @@ def run(settings: RerankerSettings, inputs: dict[str, Path], context: Context) -
     if start.start != "scratch":
         check_vocabulary(start.start, tokenizer, revision=start.revision)
     model = CrossEncoder.from_encoder(start, seed=context.seed, dropout=settings.dropout, tokenizer=tokenizer)
+    if settings.lora is not None:
+        add_lora(encoder_of(model.classifier), settings.lora, seed=context.seed)
     result = train_crossencoder(model, store, groups, settings, context, dev_run=dev_run)
     context.record(**result.facts(), **groups.facts())
     if context.rank == 0:
+        merge_lora(encoder_of(model.classifier))
         model.save(context.work, tokenizer, max_pair_tokens=settings.max_pair_tokens)

@@ -1,6 +1,7 @@
 """train_retriever: groups -> bi-encoder, trained contrastively (method.md section 2, retrievers 1 and 2).
 
-Inputs: "store", "groups", and "model" where the recipe starts from the pre-trained encoder.
+Inputs: "store", "groups", "model" where the recipe starts from the pre-trained encoder, and "teacher" (run of split train with raw
+logits for pairs of the groups) where teacher_margin is set.
 Output: a model folder that simlm, sentence-transformers and AutoModel load; log.jsonl beside it.
 """
 
@@ -9,43 +10,43 @@ from __future__ import annotations
 from pathlib import Path
 
 from simlm.artifacts import open_artifact
+from simlm.errors import RecipeError
 from simlm.recipe import RetrieverSettings
 from simlm.stages import Context
 
 
 def run(settings: RetrieverSettings, inputs: dict[str, Path], context: Context) -> None:
     """Train on the mined groups and save the retriever."""
-    from simlm.data.groups import TrainingGroups
+    from simlm.data.duplicates import Duplicates
+    from simlm.data.false_negatives import TeacherMargin
+    from simlm.data.groups import Ambiguous, TrainingGroups
     from simlm.data.store import Store
-    from simlm.models.backbone import load_encoder
-    from simlm.models.biencoder import BiEncoder
-    from simlm.models.vocabulary import check_vocabulary
-    from simlm.rankings import Groups
+    from simlm.rankings import Groups, Run
     from simlm.training.contrastive import train_biencoder
-    from simlm.training.initial import initial_model
+    from simlm.training.retriever_model import save_biencoder, start_biencoder
 
     store = Store.open(inputs["store"])
+    mined = Groups.load(open_artifact(inputs["groups"], "groups").path)
+    margin = None
+    if settings.teacher_margin is not None:
+        if "teacher" not in inputs:
+            raise RecipeError('teacher_margin: there is no "teacher" input with scores to compare; give one, or leave teacher_margin out')
+        margin = TeacherMargin(settings.teacher_margin, mined, Run.load(open_artifact(inputs["teacher"], "run").path, "train"))
     groups = TrainingGroups(
-        Groups.load(open_artifact(inputs["groups"], "groups").path),
+        mined,
         num_passages=len(store.passages),
         group_size=settings.group_size,
         queries_per_step=settings.queries_per_step,
         seed=context.seed,
         num_ranks=context.num_ranks,
         judged=store.qrels("train"),
+        duplicates=Duplicates(store.passages, store.queries("train"), mined, store.qrels("train")),
+        margin=margin,
+        sampling=Ambiguous.of(settings),
     )
     tokenizer = store.tokenizer()
-    start = initial_model(settings.initial, settings.model, inputs)
-    if start.start != "scratch":
-        check_vocabulary(start.start, tokenizer, revision=start.revision)
-    encoder = load_encoder(start, seed=context.seed, dropout=settings.dropout, tokenizer=tokenizer)
-    model = BiEncoder(encoder, settings.model.pooling)
+    model, settings = start_biencoder(settings, inputs, tokenizer, seed=context.seed)
     result = train_biencoder(model, store, groups, settings, context, description="train retriever")
     context.record(**result.facts(), **groups.facts())
     if context.rank == 0:
-        model.save(
-            context.work,
-            tokenizer,
-            max_query_tokens=settings.max_query_tokens or int(store.info["max_query_tokens"]),
-            max_passage_tokens=settings.max_passage_tokens or int(store.info["max_passage_tokens"]),
-        )
+        save_biencoder(model, context.work, tokenizer, settings, store)

@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from simlm.data.batches import collate, collate_pairs, length_batches, pair_lengths
+from simlm.data.batches import collate, collate_pairs, length_batches, pair_lengths, sequence_lengths
+from simlm.data.prompts import Prompt
 from simlm.data.store import Store, Table
 from simlm.rankings import Ints, Run
 from simlm.recipe import DevSettings
@@ -35,6 +36,8 @@ def retriever_dev(
     bf16: bool,
     max_query_tokens: int | None = None,
     max_passage_tokens: int | None = None,
+    query_prompt: Prompt | None = None,
+    passage_prompt: Prompt | None = None,
 ) -> Measures | None:
     """A function that measures the bi-encoder as it is; None if there are no judged dev queries or the settings turn it off.
 
@@ -49,8 +52,8 @@ def retriever_dev(
     positives = [np.array([column[row] for row in chosen[int(query)]]) for query in query_rows]
 
     def measure() -> dict[str, float]:
-        passages_PD = _encode(model, store.passages, pool, max_passage_tokens, batch_tokens, bf16=bf16)
-        queries_QD = _encode(model, store.queries("dev"), query_rows, max_query_tokens, batch_tokens, bf16=bf16)
+        passages_PD = _encode(model, store.passages, pool, max_passage_tokens, passage_prompt, batch_tokens, bf16=bf16)
+        queries_QD = _encode(model, store.queries("dev"), query_rows, max_query_tokens, query_prompt, batch_tokens, bf16=bf16)
         scores_QP = (queries_QD @ passages_PD.T).cpu().numpy()
         ranks = [best_rank(scores, own) for scores, own in zip(scores_QP, positives, strict=True)]
         return {DEV_MEASURE: mean_reciprocal_rank(ranks)}
@@ -144,14 +147,15 @@ def _pool(store: Store, chosen: dict[int, list[int]], size: int, seed: int) -> I
 
 
 @torch.no_grad()
-def _encode(model: nn.Module, table: Table, rows: Ints, max_tokens: int | None, batch_tokens: int, *, bf16: bool) -> Tensor:
-    lengths = np.asarray(table.lengths[rows])
-    positions = length_batches(lengths if max_tokens is None else np.minimum(lengths, max_tokens), batch_tokens)
+def _encode(
+    model: nn.Module, table: Table, rows: Ints, max_tokens: int | None, prompt: Prompt | None, batch_tokens: int, *, bf16: bool
+) -> Tensor:
+    positions = length_batches(sequence_lengths(table, rows, max_tokens=max_tokens, prompt=prompt), batch_tokens)
     device = _device(model)
     outputs = []
     with autocast(device.type, bf16):
         for part in positions:
-            batch = collate(table, rows[part], max_tokens=max_tokens).tensors()
+            batch = collate(table, rows[part], max_tokens=max_tokens, prompt=prompt).tensors()
             outputs.append(model(**{name: tensor.to(device) for name, tensor in batch.items()}).float())
     return torch.cat(outputs)[inverse_order(positions).to(device)]
 

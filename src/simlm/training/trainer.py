@@ -16,7 +16,7 @@ import contextlib
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -105,6 +105,8 @@ class TrainingResult:
     best_step: int | None
     seconds: float
     bf16: bool
+    task_facts: dict[str, Any] = field(default_factory=dict)
+    """What the task itself has to say for the manifest."""
 
     def facts(self) -> dict[str, Any]:
         """For the manifest."""
@@ -116,6 +118,7 @@ class TrainingResult:
             "best_step": self.best_step,
             "training_seconds": round(self.seconds, 3),
             "bf16": self.bf16,
+            **self.task_facts,
         }
 
 
@@ -144,6 +147,7 @@ def train(
     first (on the device, without gradient) and trained on what it returns, for losses that need the whole step's embeddings. Each
     micro-batch then has an entry "dropout_seed"; torch is seeded with it before its forward pass, so a first pass that does the same
     sees the same dropout.
+    A task with a method `prepare_optimizer(optimizer)` is given the optimiser when it is made, to treat some parameters in its own way.
     dev: measures of the model as it is (called in eval mode without gradient, on rank 0 only), before, while and after training.
     spikes: skip steps whose loss leaps; without it a loss that is not finite stops training.
     keep_optimizer_in: folder that gets the optimiser's state of the last step (of AdamW; also where the best weights are kept).
@@ -595,7 +599,11 @@ class SimlmTrainer(transformers.Trainer):  # type: ignore[misc, unused-ignore]
             self._sharded = Sharded(self._task, self.args.device.type)
             self.model = self.model_wrapped = self._sharded
             self.is_distributed_loading_by_transformers = True  # neither DDP nor accelerate's own FSDP around it
+        fresh = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        prepare: Callable[[torch.optim.Optimizer], None] | None = getattr(self._task, "prepare_optimizer", None)
+        if fresh and prepare is not None:
+            prepare(optimizer)
         return optimizer
 
     def _no_sync(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:

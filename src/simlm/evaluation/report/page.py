@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from simlm.evaluation.report import charts, tables
 from simlm.evaluation.report.examples import wins_and_losses
-from simlm.evaluation.report.results import LABELS, RANK_BANDS, ReportStore, Results, comparison, row_of
+from simlm.evaluation.report.results import RANK_BANDS, ReportStore, Results, comparison, row_label, row_of
 from simlm.evaluation.report.steps import StepRecord, flat_settings, hardware, versions
 from simlm.evaluation.report.verdicts import mark, p_text, verdicts
 from simlm.types import Split
@@ -56,7 +56,7 @@ def page_content(results: Results, store: ReportStore, steps: list[StepRecord], 
         "caption": tables.caption(metrics),
         "best": tables.best_values(metrics),
         "final": final,
-        "final_label": LABELS[final] if final else "",
+        "final_label": row_label(final) if final else "",
         "what_rows_are": WHAT_ROWS_ARE,
         "tiles": _tiles(metrics, final),
         "measure_panels": _measure_panels(metrics, final),
@@ -117,7 +117,7 @@ def _tiles(metrics: dict[str, Any], final: str | None) -> list[tuple[str, str, s
             difference = row["difference_vs_bm25"]
             remark = main if difference is None else f"{main}, {difference:+.3f} to BM25"
             tiles.append((row["label"], f"{row['measures'][main]:.3f}", remark))
-    tiles.sort(key=lambda tile: tile[0] != LABELS.get(final or ""))
+    tiles.sort(key=lambda tile: tile[0] != (row_label(final) if final else None))
     last = row_of(metrics, final) if final else None
     if last is not None and last["milliseconds_per_query"] is not None and last["bytes_per_passage"] is not None:
         taken, stored = tables.milliseconds(last["milliseconds_per_query"]), tables.count(last["bytes_per_passage"])

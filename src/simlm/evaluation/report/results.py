@@ -6,6 +6,7 @@ Row names, in order: bm25, start (the starting model as it is), retriever1, retr
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -29,8 +30,8 @@ LABELS = {
     "distilled": "Distilled retriever",
     "hybrid": "Hybrid",
 }
-TRAINED = ("distilled", "retriever2", "retriever1")
-"""Rows that can be the retriever a pipeline ends with, last stage first."""
+COMPARED = "reranker_from_"
+"""Begin of the row names of re-rankers that are there to be compared with the re-ranker."""
 SIGNIFICANT = 0.05
 RANK_BANDS = ((1, 1), (2, 3), (4, 10), (11, 100), (101, None))
 """First and last rank of each band of the chart of first relevant passages; queries without one are the last column."""
@@ -121,7 +122,7 @@ def measure_rows(
         values[row.name] |= _answer_values(ranked, query_rows, store, split, answer_names)
         without = sum(1 for query in query_rows if not len(ranked.get(query, ())))
         if without:
-            notes.append(f"{LABELS.get(row.name, row.name)} found nothing for {without:,} of the judged queries; they count as 0.")
+            notes.append(f"{row_label(row.name)} found nothing for {without:,} of the judged queries; they count as 0.")
     main_values = {row: of_row[main] for row, of_row in values.items()}
     notes += _notes(searched, [*names, *answer_names], store, split, query_rows)
     comparisons = _compare(searched, main_values, settings, seed)
@@ -148,10 +149,30 @@ def measure_rows(
     return Results(metrics, searched, query_rows, main_values, positives)
 
 
+def row_label(name: str) -> str:
+    """A row's name as a reader knows it; of a later round of retriever 2 ("retriever2_round3") with its number."""
+    number = _round(name)
+    if name.startswith(COMPARED):
+        return f"{LABELS['reranker']} from {name.removeprefix(COMPARED)}"
+    return f"{LABELS['retriever2']}, round {number}" if number else LABELS.get(name, name)
+
+
+def trained_rows(names: Iterable[str]) -> list[str]:
+    """Those of the rows that can be the retriever a pipeline ends with, last stage first."""
+    present = set(names)
+    rounds = sorted((name for name in present if _round(name)), key=_round, reverse=True)
+    return [name for name in ("distilled", *rounds, "retriever2", "retriever1") if name in present]
+
+
+def _round(name: str) -> int:
+    """Number of a later round of retriever 2, 0 for any other row."""
+    found = re.fullmatch(r"retriever2_round(\d+)", name)
+    return int(found[1]) if found else 0
+
+
 def final_row(metrics: Mapping[str, Any]) -> str | None:
     """Name of the retriever that the pipeline ends with; None if it trained none."""
-    present = {row["name"] for row in metrics["rows"]}
-    return next((name for name in TRAINED if name in present), None)
+    return next(iter(trained_rows(row["name"] for row in metrics["rows"])), None)
 
 
 def comparison(metrics: Mapping[str, Any], row: str, against: str) -> dict[str, Any] | None:
@@ -224,7 +245,7 @@ def _notes(rows: Mapping[str, Row], names: list[str], store: ReportStore, split:
     for row in rows.values():
         depth = _depth(row.run)
         if 0 < depth < deepest and row.name != "bm25":
-            notes.append(f"{LABELS.get(row.name, row.name)} ranks {depth:,} passages a query: beyond that cut-off its recall cannot grow.")
+            notes.append(f"{row_label(row.name)} ranks {depth:,} passages a query: beyond that cut-off its recall cannot grow.")
     if rows and split in store.splits:
         unjudged = len(store.queries(split)) - len(query_rows)
         if unjudged > 0:
@@ -240,11 +261,14 @@ def _compare(rows: Mapping[str, Row], values: Mapping[str, Floats], settings: Ev
     """Each row against bm25, start, the retriever before it and the rows it was made from; p-values also corrected by Holm's method
     over the rows compared with the same one."""
     pairs: dict[str, list[str]] = {}
+    trained = trained_rows(rows)
     for name, row in rows.items():
         before = [other for other in ("bm25", "start") if other in rows and name not in (other, "bm25")]
-        if name in TRAINED:
-            before += [other for other in TRAINED[TRAINED.index(name) + 1 :] if other in rows][:1]
+        if name in trained:
+            before += trained[trained.index(name) + 1 :][:1]
         before += [part for part in row.parts if part in rows and part != name]
+        if name.startswith(COMPARED) and "reranker" in rows:
+            before.append("reranker")
         pairs[name] = list(dict.fromkeys(before))
     found: list[dict[str, Any]] = []
     for name, others in pairs.items():
@@ -268,7 +292,7 @@ def _row_metrics(
 ) -> dict[str, Any]:
     metrics: dict[str, Any] = {
         "name": row.name,
-        "label": LABELS.get(row.name, row.name),
+        "label": row_label(row.name),
         "measures": {
             name: float(of_query.mean()) if name.startswith("Answer@") else average(name, of_query) for name, of_query in values.items()
         },
@@ -310,10 +334,10 @@ def _depth(run: Run) -> int:
 
 
 __all__ = [
+    "COMPARED",
     "LABELS",
     "RANK_BANDS",
     "SIGNIFICANT",
-    "TRAINED",
     "ReportStore",
     "Results",
     "Row",
@@ -322,5 +346,7 @@ __all__ = [
     "final_row",
     "first_relevant_rank",
     "measure_rows",
+    "row_label",
     "row_of",
+    "trained_rows",
 ]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from rich.text import Text
 
-from simlm.evaluation.report.results import LABELS, SIGNIFICANT, TRAINED, comparison, final_row, row_of
+from simlm.evaluation.report.results import COMPARED, SIGNIFICANT, comparison, final_row, row_label, row_of, trained_rows
 
 Tone = Literal["good", "plain", "warn", "bad"]
 _STYLES = {"good": "green", "plain": "", "warn": "yellow", "bad": "bold red"}
@@ -42,6 +42,7 @@ def verdicts(metrics: Mapping[str, Any]) -> list[Verdict]:
     else:
         found = [_outcome(metrics, final, other) for other in ("bm25", "start") if row_of(metrics, other)] + found
     found += _later_stages(metrics)
+    found += _compared_rerankers(metrics)
     found += _hybrid(metrics)
     num_queries = metrics["num_queries"]
     if num_queries < _FEW_QUERIES:
@@ -85,7 +86,8 @@ def _outcome(metrics: Mapping[str, Any], final: str, other: str) -> Verdict:
 def _later_stages(metrics: Mapping[str, Any]) -> list[Verdict]:
     """Stages that end below the one before them."""
     found = []
-    order = [name for name in (*reversed(TRAINED), "reranker") if row_of(metrics, name)]
+    names = [row["name"] for row in metrics["rows"]]
+    order = [*reversed(trained_rows(names)), *(["reranker"] if "reranker" in names else [])]
     for name in order:
         for item in metrics["comparisons"]:
             if item["row"] != name or item["against"] in ("bm25", "start") or item["difference"] >= 0:
@@ -93,6 +95,22 @@ def _later_stages(metrics: Mapping[str, Any]) -> list[Verdict]:
             chance = "" if (item["p_value"] or 0.0) < SIGNIFICANT else " The difference may be chance."
             verb = "is below the run it re-ranked," if name == "reranker" else "is below the stage before it,"
             found.append(Verdict("warn", f"{_the(name).capitalize()} {verb} {_the(item['against'])}: {_numbers(metrics, item)}.{chance}"))
+    return found
+
+
+def _compared_rerankers(metrics: Mapping[str, Any]) -> list[Verdict]:
+    """Re-rankers from other checkpoints against the recipe's own."""
+    found = []
+    for row in metrics["rows"]:
+        item = comparison(metrics, row["name"], "reranker") if row["name"].startswith(COMPARED) else None
+        if item is None:
+            continue
+        significant = item["p_value_holm"] is not None and item["p_value_holm"] < SIGNIFICANT
+        if not significant:
+            outcome = "is not measurably different from the recipe's own, which starts elsewhere"
+        else:
+            outcome = "is better than the recipe's own" if item["difference"] > 0 else "is worse than the recipe's own"
+        found.append(Verdict("plain", f"{row_label(row['name'])} {outcome}: {_numbers(metrics, item)}."))
     return found
 
 
@@ -120,7 +138,7 @@ def _numbers(metrics: Mapping[str, Any], item: Mapping[str, Any]) -> str:
     main = metrics["main"]
     row, other = row_of(metrics, item["row"]), row_of(metrics, item["against"])
     assert row is not None and other is not None
-    corrected = item["against"] in ("bm25", "start")
+    corrected = item["against"] in ("bm25", "start") or item["row"].startswith(COMPARED)
     told = "corrected " + p_text(item["p_value_holm"]) if corrected and item["p_value_holm"] is not None else p_text(item["p_value"])
     return f"{main} {row['measures'][main]:.3f} against {other['measures'][main]:.3f} ({item['difference']:+.3f}, {told})"
 
@@ -129,8 +147,8 @@ def _the(name: str) -> str:
     """A row's name within a sentence."""
     if name == "bm25":
         return "BM25"
-    label = LABELS.get(name, name)
-    return label.lower() if name in ("retriever1", "retriever2") else f"the {label.lower()}"
+    label = row_label(name).lower()
+    return label if name.startswith("retriever") else f"the {label}"
 
 
 __all__ = ["Tone", "Verdict", "mark", "p_text", "verdicts"]
