@@ -20,6 +20,7 @@ Prints a table for each data set, with paired randomization tests (10,000 sign f
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -39,6 +40,9 @@ PEERS = {
     "distilled_theirs": "sentence-transformers: distillation",
     "distilled_our_rates": "the same, our learning rates",
 }
+
+PARTS = ("ours", "negatives", "mnrl", "teacher", "distilled_theirs", "mnrl_our_rate", "teacher_our_rate", "distilled_our_rates")
+TEACHERS = {"distilled_theirs": "teacher", "distilled_our_rates": "teacher_our_rate"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,10 @@ def main() -> None:
     options = parse_options()
     if options.part:
         part, size, folder = options.part, Size(**json.loads(options.size)), Path(options.work)
-        {"ours": run_ours, "negatives": mine, "teacher": train_teacher}.get(part, lambda *a: train_peer(part, *a))(size, folder)
+        work: Any = {"ours": run_ours, "negatives": mine}.get(part)
+        if work is None:
+            work = functools.partial(train_teacher if part.startswith("teacher") else train_peer, part)
+        work(size, folder)
         return
     summary: dict[str, Any] = {}
     for dataset in options.datasets:
@@ -74,10 +81,9 @@ def main() -> None:
         folder = options.work / f"{dataset}-{size.seed}"
         folder.mkdir(parents=True, exist_ok=True)
         same_size(folder, size)
-        for part in ("ours", "negatives", "mnrl", "teacher", "distilled_theirs", "mnrl_our_rate", "distilled_our_rates"):
-            if part in options.leave_out.split(","):
-                continue
-            do(part, size, folder)
+        for part in PARTS:
+            if part not in options.leave_out.split(","):
+                do(part, size, folder)
         summary[dataset] = report(size, folder)
     print(json.dumps(summary))
 
@@ -246,8 +252,8 @@ def mine(size: Size, folder: Path) -> None:
     (folder / "negatives.json").write_text(json.dumps(rows), encoding="utf-8")
 
 
-def train_teacher(size: Size, folder: Path) -> None:
-    """Both cross-encoders (documented rate, our rate), and their raw scores for the groups."""
+def train_teacher(part: str, size: Size, folder: Path) -> None:
+    """A cross-encoder, at the documented learning rate or at ours, and its raw scores for the groups."""
     import torch
     from datasets import Dataset
     from sentence_transformers import CrossEncoder
@@ -258,27 +264,26 @@ def train_teacher(size: Size, folder: Path) -> None:
 
     tuned()
     rows = json.loads((folder / "negatives.json").read_text(encoding="utf-8"))
-    for name, rate in (("distilled_theirs", DOCUMENTED_RATE), ("distilled_our_rates", size.reranker_rate)):
-        torch.manual_seed(size.seed)
-        model = CrossEncoder(resolve_model(START), num_labels=1, max_length=size.passage_tokens + size.query_tokens, device="cpu")
-        pairs = [(row[0], text, float(place == 0)) for row in rows for place, text in enumerate(row[1 : size.reranker_group + 1])]
-        dataset = Dataset.from_dict({"query": [p[0] for p in pairs], "passage": [p[1] for p in pairs], "label": [p[2] for p in pairs]})
-        arguments = CrossEncoderTrainingArguments(
-            output_dir=str(folder / f"teacher-{name}"),
-            per_device_train_batch_size=size.reranker_queries * size.reranker_group,
-            max_steps=size.reranker_steps,
-            learning_rate=rate,
-            warmup_steps=0.1,
-            save_strategy="no",
-            report_to="none",
-            seed=size.seed,
-            use_cpu=True,
-        )
-        loss = BinaryCrossEntropyLoss(model, pos_weight=torch.tensor(float(size.reranker_group - 1)))
-        CrossEncoderTrainer(model=model, args=arguments, train_dataset=dataset, loss=loss).train()
-        wanted = [(row[0], text) for row in rows for text in row[1 : size.group_size + 1]]
-        scores = model.predict(wanted, activation_fn=torch.nn.Identity(), batch_size=64).reshape(len(rows), size.group_size)
-        (folder / f"scores-{name}.json").write_text(json.dumps(scores.tolist()), encoding="utf-8")
+    torch.manual_seed(size.seed)
+    model = CrossEncoder(resolve_model(START), num_labels=1, max_length=size.passage_tokens + size.query_tokens, device="cpu")
+    pairs = [(row[0], text, float(place == 0)) for row in rows for place, text in enumerate(row[1 : size.reranker_group + 1])]
+    dataset = Dataset.from_dict({"query": [p[0] for p in pairs], "passage": [p[1] for p in pairs], "label": [p[2] for p in pairs]})
+    arguments = CrossEncoderTrainingArguments(
+        output_dir=str(folder / f"trained-{part}"),
+        per_device_train_batch_size=size.reranker_queries * size.reranker_group,
+        max_steps=size.reranker_steps,
+        learning_rate=DOCUMENTED_RATE if part == "teacher" else size.reranker_rate,
+        warmup_steps=0.1,
+        save_strategy="no",
+        report_to="none",
+        seed=size.seed,
+        use_cpu=True,
+    )
+    loss = BinaryCrossEntropyLoss(model, pos_weight=torch.tensor(float(size.reranker_group - 1)))
+    CrossEncoderTrainer(model=model, args=arguments, train_dataset=dataset, loss=loss).train()
+    wanted = [(row[0], text) for row in rows for text in row[1 : size.group_size + 1]]
+    scores = model.predict(wanted, activation_fn=torch.nn.Identity(), batch_size=64).reshape(len(rows), size.group_size)
+    (folder / f"scores-{part}.json").write_text(json.dumps(scores.tolist()), encoding="utf-8")
 
 
 def train_peer(part: str, size: Size, folder: Path) -> None:
@@ -296,7 +301,7 @@ def train_peer(part: str, size: Size, folder: Path) -> None:
     }
     model = starting_model(size)
     if part.startswith("distilled"):
-        columns["label"] = json.loads((folder / f"scores-{part}.json").read_text(encoding="utf-8"))
+        columns["label"] = json.loads((folder / f"scores-{TEACHERS[part]}.json").read_text(encoding="utf-8"))
         loss: Any = DistillKLDivLoss(model)
     else:
         loss = MultipleNegativesRankingLoss(model)
