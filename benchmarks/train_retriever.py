@@ -14,15 +14,18 @@ speedup_same_allocator   the same with their allocator set as ours is
 speedup_same_dropout     as speedup, ours with the checkpoint's dropout, as theirs has it (--dropout changes that of ours alone)
 memory_ratio             ours / their plain loss, of the highest resident set above that before the first step, default allocator
 memory_ratio_total       the same of the whole resident set
+out_of_memory            contestants that the system has killed
 queries_per_second       of each contestant
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -198,6 +201,7 @@ def work(job: Job) -> None:
 
     if job.threads:
         torch.set_num_threads(job.threads)
+    Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")  # where memory ends, end this process and not another
     sys.stdout = sys.stderr  # trainers print; the answers alone go to standard output
     (train_ours if job.loss == "ours" else train_theirs)(job)
 
@@ -303,6 +307,10 @@ def train_theirs(job: Job) -> None:
 # --- the competition
 
 
+class OutOfMemoryError(Exception):
+    """The system has killed a contestant."""
+
+
 class Worker:
     """A contestant's process."""
 
@@ -328,20 +336,25 @@ class Worker:
 
     def step(self) -> dict[str, Any]:
         assert self._process.stdin is not None
-        self._process.stdin.write("go\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # `read` finds out why it is gone
+            self._process.stdin.write("go\n")
+            self._process.stdin.flush()
         return self.read()
 
     def close(self) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
 
     def read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self._name}: its process ended with code {self._process.wait()}; its error is above (out of memory if -9)")
+            code = self._process.wait()
+            if code == -signal.SIGKILL:
+                raise OutOfMemoryError
+            raise SystemExit(f"{self._name}: its process ended with code {code}; its error is above")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -351,16 +364,27 @@ def compete(entered: dict[str, Contestant], folder: Path, options: argparse.Name
     from dataclasses import replace
 
     workers: dict[str, Worker] = {}
-    results: dict[str, dict[str, Any]] = {key: {"seconds": []} for key in entered}
+    results: dict[str, dict[str, Any]] = {}
     try:
-        for key, contestant in entered.items():
+        for key, contestant in list(entered.items()):
             dropout = options.dropout if key == "ours" else contestant.dropout
-            workers[key] = Worker(replace(contestant, dropout=dropout), folder, options)
-            workers[key].step()
+            try:
+                worker = Worker(replace(contestant, dropout=dropout), folder, options)
+                worker.step()
+            except OutOfMemoryError:
+                print(f"{contestant.name}: killed by the system, out of memory; it is left out", file=sys.stderr)
+                continue
+            workers[key], results[key] = worker, {"seconds": []}
         for number in range(options.rounds):
-            keys = list(entered)
+            keys = list(workers)
             for key in keys[number % len(keys) :] + keys[: number % len(keys)]:
-                answer = workers[key].step()
+                try:
+                    answer = workers[key].step()
+                except OutOfMemoryError:
+                    raise SystemExit(
+                        f"{entered[key].name}: killed by the system, out of memory: the contestants together need more than there is; "
+                        "lower --queries, or leave some out with --only"
+                    ) from None
                 results[key]["seconds"].append(answer["seconds"])
                 results[key] |= {name: answer[name] for name in ("peak_bytes", "before_bytes")}
     finally:
@@ -395,10 +419,10 @@ def report(entered: dict[str, Contestant], results: dict[str, dict[str, Any]], o
             f"{(result['peak_bytes'] - result['before_bytes']) / 1e6:.0f}",
         )
     Console(width=140).print(table)
-    print(json.dumps(summary(results, options)))
+    print(json.dumps(summary(entered, results, options)))
 
 
-def summary(results: dict[str, dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
+def summary(entered: dict[str, Contestant], results: dict[str, dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
     """The figures of the last line; None where a contestant was left out."""
 
     def speedup(ours: str, theirs: tuple[str, ...]) -> float | None:
@@ -420,6 +444,7 @@ def summary(results: dict[str, dict[str, Any]], options: argparse.Namespace) -> 
         "speedup_same_dropout_and_allocator": speedup("ours_dropout", ("plain_tuned", "cached_tuned")),
         "memory_ratio": memory_ratio(True),
         "memory_ratio_total": memory_ratio(False),
+        "out_of_memory": [key for key in entered if key not in results],
         "pooling": options.pooling,
         "micro_batch_tokens": options.micro_batch_tokens,
         "dropout": options.dropout,
