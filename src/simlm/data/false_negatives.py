@@ -48,7 +48,8 @@ class TeacherMargin:
         known = rows == positive_row
         if not known.any():
             return np.zeros(len(passages_P), dtype=np.bool_)
-        return np.isin(passages_P, rows[scores > scores[known][0] - self.margin]) | (passages_P == positive_row)
+        above_P: Bools = np.isin(passages_P, rows[scores > scores[known][0] - self.margin]) | (passages_P == positive_row)
+        return above_P
 
     def _knows_positives(self, position: int) -> bool:
         rows, _ = self._scored(position)
