@@ -484,6 +484,7 @@ class EncodeSettings(Section):
     model: ModelSettings = Field(default_factory=ModelSettings)
     """Used where the input is not a model artifact (the `start` row)."""
     batch_tokens: PositiveInt = 16384
+    """Padded tokens encoded at once; on a CPU 2,048 at most, which is faster there."""
     precision: Literal["auto", "fp32", "bf16", "int8", "fast"] = "auto"
     """Of the computation; "auto" = bf16 where the processor has it, else fp32. "int8" = 8-bit products (x86 processors, near fp32);
     "fast" = bf16 where the processor has it, else int8 where it has that. Set search.precision alike."""

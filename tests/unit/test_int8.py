@@ -241,3 +241,9 @@ def test_a_re_ranker_computes_in_it(tmp_path: Path, model: Path, tiny_wordpiece:
     near = load_reranker(tmp_path / "reranker", precision="int8")
     assert near.precision == "int8"
     assert_allclose(near.score("kettle", texts), load_reranker(tmp_path / "reranker").score("kettle", texts), atol=0.03)
+
+
+def test_batches_on_a_cpu_stay_small(model: Path) -> None:
+    assert load_retriever(model, device="cpu").batch_tokens == 2048
+    assert load_retriever(model, device="cpu", batch_tokens=20_000).batch_tokens == 2048
+    assert load_retriever(model, device="cpu", batch_tokens=300).batch_tokens == 300
