@@ -20,6 +20,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import ValidationError
+
 from simlm.artifacts import disk_error, hardware_facts, json_digest, library_versions, open_artifact, read_manifest, sweep, write_json
 from simlm.errors import ArtifactError, DataError, DiskError, RecipeError, SimlmError, TrainingError, nearest
 from simlm.pipeline import Plan, Step, held_folder, make_plan, retriever1_steps, run_folder, run_step, store_splits
@@ -31,11 +33,12 @@ from simlm.types import Split
 if TYPE_CHECKING:
     from simlm.evaluation.report.comparison import TableResults
 
-TableName = Literal["objectives", "replace_rates", "generators", "corpus"]
+TableName = Literal["objectives", "replace_rates", "generators", "variants", "corpus"]
 TITLES: dict[TableName, str] = {
     "objectives": "Objective",
     "replace_rates": "Replace rate, encoder / decoder in %",
     "generators": "Generator",
+    "variants": "Setting of pre-training",
     "corpus": "Pre-training corpus",
 }
 FOLDER, STEPS, MEASURED, FAILED, CALIBRATION = "compare", "steps", "measured", "failed", "calibration"
@@ -49,6 +52,7 @@ _SHARED_BY_MINING = ("start_embeddings", "start_index", "start_train_run", "bm25
 _DROPPED = ("retriever1_run", "retriever1_index", "retriever1_embeddings")
 _MODELS = ("retriever1", "pretrained")
 _FORMAT = 1
+_AS_IT_IS = "as in the recipe"
 
 
 @dataclass(frozen=True)
@@ -280,6 +284,9 @@ def _rows(recipe: Recipe) -> tuple[list[Row], dict[TableName, str], list[str]]:
         "self": (replaced.model_copy(update={"generator": "self"}), own),
     }
     table("generators", [(kind, *generators[kind], False) for kind in compare.generators], pretrain.generator)
+    if compare.variants:
+        changed = [(_variant_label(one), _varied(replaced, one), own, False) for one in compare.variants]
+        table("variants", [(_AS_IT_IS, replaced, own, False), *changed], _AS_IT_IS)
     if compare.mismatched is not None:
         first = next((one for name, one in objectives if name == compare.main), "replaced_lm")
         settings = pretrain.model_copy(update={"objective": first})
@@ -293,6 +300,30 @@ def _plain(objective: dict[str, float]) -> str | dict[str, float]:
     return name if not others and weight == 1 else objective
 
 
+def _varied(pretrain: PretrainSettings, changes: dict[str, Any]) -> PretrainSettings:
+    """The settings with some of them changed; of tables inside (`probe`, `training`) only the keys that are named."""
+    given = pretrain.model_dump(exclude_unset=True)
+    merged = {
+        key: given[key] | value if isinstance(value, dict) and isinstance(given.get(key), dict) else value for key, value in changes.items()
+    }
+    try:
+        return PretrainSettings.model_validate(given | merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RecipeError(
+            f"compare.variants: {_variant_label(changes)} does not fit the recipe's [pretrain]: {where + ': ' if where else ''}"
+            f"{first['msg'].removeprefix('Value error, ')}"
+        ) from None
+
+
+def _variant_label(changes: dict[str, Any]) -> str:
+    """softmax = corpus, dropout = 0.1"""
+    flat = {f"{key}.{inner}": value for key, table in changes.items() if isinstance(table, dict) for inner, value in table.items()}
+    plain = {key: value for key, value in changes.items() if not isinstance(value, dict)}
+    return ", ".join(f"{key} = {value}" for key, value in (plain | flat).items())
+
+
 def _rate_label(encoder: float, decoder: float) -> str:
     return f"{100 * encoder:g}/{100 * decoder:g}"
 
@@ -301,8 +332,8 @@ def _check(recipe: Recipe, rows: list[Row], main: dict[TableName, str]) -> None:
     compare, retriever = recipe.compare, recipe.retriever1
     if not rows:
         raise RecipeError(
-            "[compare]: objectives, replace_rates and generators are empty and mismatched is not set, so there is nothing to compare; "
-            'name some, for example objectives = ["replaced_lm", "none"]'
+            "[compare]: objectives, replace_rates, generators and variants are empty and mismatched is not set, so there is nothing "
+            'to compare; name some, for example objectives = ["replaced_lm", "none"]'
         )
     names = [objective_label(one) for one in compare.objectives]
     if not names and compare.main != type(compare).model_fields["main"].default:

@@ -785,6 +785,9 @@ class CompareSettings(Section):
         default_factory=lambda: list[Literal["frozen", "joint", "random", "self"]](["frozen", "joint", "random"])
     )
     """Generators of replaced_lm: the recipe's own, frozen or trained along; one of random weights; the encoder's own head."""
+    variants: list[dict[str, Any]] = Field(default_factory=list[dict[str, Any]])
+    """Rows of replaced_lm with other settings of [pretrain], for example { softmax = "corpus" }; the recipe's own stands beside them.
+    An empty list leaves the table out."""
     mismatched: DataSettings | None = None
     """Another corpus to pre-train on (its queries are not used), with the same tokenizer; none leaves the table out."""
     budget: Literal["data", "tokens", "time"] = "data"
@@ -806,6 +809,20 @@ class CompareSettings(Section):
             if not 0 < encoder < 1 or not encoder <= decoder <= 1:
                 raise ValueError(f"[{encoder}, {decoder}]: expected 0 < encoder < 1 and encoder <= decoder <= 1, for example [0.3, 0.5]")
         return rates
+
+    @field_validator("variants")
+    @classmethod
+    def _known_settings(cls, variants: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for variant in variants:
+            if not variant:
+                raise ValueError('an empty table; name a setting of [pretrain], for example { softmax = "corpus" }')
+            for key in variant:
+                if key in ("objective", "initial", "model"):
+                    raise ValueError(f"{key!r} cannot vary here; compare.objectives compares objectives, another recipe another start")
+                if key not in PretrainSettings.model_fields:
+                    raise ValueError(f"unknown setting of [pretrain] {key!r}{nearest(key, PretrainSettings.model_fields)}")
+            PretrainSettings.model_validate(variant)
+        return variants
 
     @field_validator("seeds")
     @classmethod

@@ -90,6 +90,42 @@ def test_every_table_has_a_main_row_with_all_seeds(data: Path) -> None:
     assert grid.main == {"objectives": "replaced_lm", "replace_rates": "30/50", "generators": "frozen"}
 
 
+def test_variants_stand_beside_the_recipes_own_settings(data: Path) -> None:
+    recipe = recipe_for(
+        data, objectives=["replaced_lm"], variants=[{"softmax": "corpus"}, {"dropout": 0.1, "decoder_layers": 1}, {"decoder_layers": 2}]
+    )
+    grid = compare.make_grid(recipe)
+    assert grid_rows(grid)[1:] == [
+        ("variants", "as in the recipe", (1, 2, 3)),
+        ("variants", "softmax = corpus", (1,)),
+        ("variants", "dropout = 0.1, decoder_layers = 1", (1,)),
+    ]
+    assert grid.notes == ("compare.variants: decoder_layers = 2 is the same as as in the recipe, it is done and shown once",)
+    softmax, both = (row.pretrain for row in grid.rows[2:4])
+    assert (softmax.softmax, softmax.dropout, softmax.decoder_layers) == ("corpus", recipe.pretrain.dropout, 2)
+    assert (both.softmax, both.dropout, both.decoder_layers) == ("vocabulary", 0.1, 1)
+    keys = {(cell.row.name, cell.seed): cell.key for cell in grid.cells}
+    assert keys["replaced_lm", 2] == keys["as in the recipe", 2]
+    assert len({key for (_, seed), key in keys.items() if seed == 1}) == 3
+
+
+def test_a_variant_changes_single_keys_of_inner_tables(data: Path) -> None:
+    recipe = recipe_for(data, objectives=[], variants=[{"training": {"learning_rate": 0.25}, "probe": {"num_passages": 7}}])
+    _, row = compare.make_grid(recipe).rows
+    assert row.name == "training.learning_rate = 0.25, probe.num_passages = 7"
+    assert row.pretrain.training.learning_rate == 0.25
+    assert row.pretrain.training.max_steps == recipe.pretrain.training.max_steps
+    assert row.pretrain.probe.num_passages == 7
+
+
+def test_a_variant_that_does_not_fit_the_recipe_is_refused(data: Path) -> None:
+    recipe = recipe_for(data, objectives=[], variants=[{"encoder_mask_rate": 0.45}, {"encoder_mask_rate": 0.6, "decoder_mask_rate": 0.7}])
+    assert [row.name for row in compare.make_grid(recipe).rows][1] == "encoder_mask_rate = 0.45"
+    low = recipe.pretrain.model_copy(update={"decoder_mask_rate": 0.4})
+    with pytest.raises(RecipeError, match=r"compare\.variants: encoder_mask_rate = 0\.45 does not fit.*decoder_mask_rate 0\.4 is below"):
+        compare.make_grid(recipe.model_copy(update={"pretrain": low}))
+
+
 def test_rows_that_are_the_same_thing_are_done_once_and_first_seeds_come_first(data: Path) -> None:
     grid = compare.make_grid(recipe_for(data, replace_rates=[[0.15, 0.3], [0.3, 0.5]], generators=["frozen", "random"]))
     assert [(cell.row.name, cell.seed) for cell in grid.wanted(None)] == [
@@ -230,6 +266,10 @@ def test_queries_are_needed(tmp_path: Path, splits: tuple[str, ...], message: st
         ({"objectives": ["condensr"]}, "did you mean 'condenser'"),
         ({"replace_rates": [[0.5, 0.3]]}, "encoder <= decoder"),
         ({"replace_rates": [[0.3]]}, "replace_rates"),
+        ({"variants": [{}]}, "an empty table; name a setting"),
+        ({"variants": [{"sofmax": "corpus"}]}, "did you mean 'softmax'"),
+        ({"variants": [{"softmax": "words"}]}, "'vocabulary' or 'corpus'"),
+        ({"variants": [{"objective": "bow"}]}, "compare.objectives compares objectives"),
         ({"seeds": [1, 1]}, "a seed is there twice"),
         ({"seeds": []}, "at least 1"),
         ({"generators": ["electra"]}, "'frozen', 'joint', 'random' or 'self'"),
