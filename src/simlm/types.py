@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 Split = Literal["train", "dev", "test"]
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
 
+Scalar = str | int | float | bool
+"""What a field of a passage's metadata may hold."""
+
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """One retrievable unit of the corpus; `title` is empty where the source has none."""
+    """One retrievable unit of the corpus; `title` is empty where the source has none.
+
+    metadata: what else is known of it (year, source ...), by field name; searches filter on it, no model reads it.
+    """
 
     passage_id: str
     text: str
     title: str = ""
+    metadata: Mapping[str, Scalar] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +21,7 @@ from typing import IO, Any, BinaryIO, Literal, TextIO, cast
 from urllib.parse import quote
 
 from simlm.errors import DataError
-from simlm.types import Qrel
+from simlm.types import Qrel, Scalar
 
 Record = tuple[str, dict[str, Any]]
 BOM = b"\xef\xbb\xbf"
@@ -287,6 +288,61 @@ def id_field(record: dict[str, Any], name: str, where: str, bad: BadRecords) -> 
         bad.report(where, "missing field", f"field {name!r} is empty")
         return None
     return text
+
+
+class MetadataFields:
+    """Takes the metadata of passages out of records.
+
+    wanted: fields to take, from the record or from its object "metadata". None = all of that object; what is not one value there is left
+    out, since corpora made for other uses have lists in it (BEIR's SciDocs: authors, cited_by).
+    """
+
+    def __init__(self, wanted: Sequence[str] | None) -> None:
+        self.wanted = wanted
+        self._left_out: set[str] = set()
+
+    def read(self, record: dict[str, Any], where: str, bad: BadRecords) -> dict[str, Scalar] | None:
+        """Text, numbers and true or false by field name; None if a wanted field was bad and reported. Null and "" count as absent."""
+        metadata: dict[str, Scalar] = {}
+        for name, value in self._values(record).items():
+            if value is None:
+                continue
+            if not _is_scalar(value):
+                if self.wanted is None:
+                    self._leave_out(name)
+                    continue
+                message = f"field {name!r} of data.metadata_fields: text, a finite number or true or false was expected"
+                bad.report(where, "wrong type", f"{message}, found {_type(value)}: {_shorten(str(value))}")
+                return None
+            kept = clean_text(value, name, where, bad) if isinstance(value, str) else value
+            if kept is None:
+                return None
+            if kept != "":
+                metadata[name] = kept
+        return metadata
+
+    def facts(self) -> dict[str, Any]:
+        """Fields that were left out, if there are any."""
+        return {"metadata_left_out": sorted(self._left_out)} if self._left_out else {}
+
+    def _values(self, record: dict[str, Any]) -> dict[str, Any]:
+        nested = record.get("metadata")
+        nested = nested if isinstance(nested, dict) else {}
+        if self.wanted is None:
+            return nested
+        return {name: record[name] if name in record else nested[name] for name in self.wanted if name in record or name in nested}
+
+    def _leave_out(self, name: str) -> None:
+        # Keys that are data, not names (ids of other records), would otherwise fill memory.
+        if len(self._left_out) < _NAMED_FIELDS:
+            self._left_out.add(name)
+
+
+_NAMED_FIELDS = 20
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def clean_text(value: str, name: str, where: str, bad: BadRecords) -> str | None:

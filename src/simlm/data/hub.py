@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from simlm.data.formats import BadRecords, clean_text, id_field
+from simlm.data.formats import BadRecords, MetadataFields, clean_text, id_field
 from simlm.data.loaders import make_passage, make_query
 from simlm.errors import DataError, MissingExtraError
 from simlm.recipe import DataSettings
@@ -31,13 +31,14 @@ class _FetchedLoader:
             if not isinstance(value, str):
                 raise DataError(f"data.options.{key}: text was expected, found {value!r}")
         self.settings = settings
+        self.metadata = MetadataFields(settings.metadata_fields)
         self.path = settings.path
 
     def sources(self) -> list[Path]:
         return []
 
     def facts(self) -> dict[str, Any]:
-        return {}
+        return self.metadata.facts()
 
 
 class IrDatasetsLoader(_FetchedLoader):
@@ -67,8 +68,9 @@ class IrDatasetsLoader(_FetchedLoader):
             where = f"{self.path}:document {number}"
             title = clean_text(str(getattr(document, title_name, "") or ""), "title", where, bad)
             text = clean_text(self._text(document), "text", where, bad)
-            if title is not None and text is not None:
-                yield where, Passage(str(document.doc_id), text, title)
+            metadata = self.metadata.read({name: getattr(document, name, None) for name in self.metadata.wanted or ()}, where, bad)
+            if title is not None and text is not None and metadata is not None:
+                yield where, Passage(str(document.doc_id), text, title, metadata)
 
     def queries(self, split: Split, bad: BadRecords) -> Iterator[tuple[str, Query]]:
         dataset = self._judged(split)
@@ -153,7 +155,7 @@ class HubLoader(_FetchedLoader):
     def passages(self, bad: BadRecords) -> Iterator[tuple[str, Passage]]:
         for number, record in enumerate(self._table("corpus"), start=1):
             where = f"{self.path}:corpus row {number}"
-            passage = make_passage(record, self.names, where, bad)
+            passage = make_passage(record, self.names, where, bad, self.metadata)
             if passage is not None:
                 yield where, passage
 

@@ -11,6 +11,7 @@ from simlm.data import python_docs
 from simlm.data.datasets import count_lines
 from simlm.data.formats import (
     BadRecords,
+    MetadataFields,
     clean_text,
     format_of,
     id_field,
@@ -49,6 +50,7 @@ class FileLoader:
         if not settings.path:
             raise DataError(f"data.path: the loader {settings.dataset!r} reads files; give the folder that holds them")
         self.settings = settings
+        self.metadata = MetadataFields(settings.metadata_fields)
         self.read_splits = tuple(split for split in SPLITS if settings.splits is None or split in settings.splits)
         self.root = expand_path(settings.path)
         if not self.root.exists():
@@ -90,7 +92,7 @@ class FileLoader:
         return {}
 
     def facts(self) -> dict[str, Any]:
-        return {}
+        return self.metadata.facts()
 
     def guess(self) -> tuple[int, dict[Split, int]]:
         passages = _count_records(self.corpus())
@@ -149,7 +151,7 @@ class BeirLoader(FileLoader):
 
     def passages(self, bad: BadRecords) -> Iterator[tuple[str, Passage]]:
         for where, record in read_records(self.corpus(), bad):
-            passage = make_passage(record, self.names, where, bad)
+            passage = make_passage(record, self.names, where, bad, self.metadata)
             if passage is not None:
                 yield where, passage
 
@@ -275,7 +277,7 @@ class TableLoader(FileLoader):
         file = self.corpus()
         names = self.names(file, "corpus")
         for number, (where, record) in enumerate(read_records(file, bad, default=self.settings.dataset)):
-            passage = make_passage(_numbered(record, names["passage_id"], number), names, where, bad)
+            passage = make_passage(_numbered(record, names["passage_id"], number), names, where, bad, self.metadata)
             if passage is not None:
                 yield where, passage
 
@@ -377,6 +379,7 @@ class PythonDocsLoader:
 
     def __init__(self, settings: DataSettings, *, seed: int) -> None:
         self.settings, self.seed = settings, seed
+        self.metadata = MetadataFields(settings.metadata_fields)
         packages = settings.options.get("packages", [])
         if not isinstance(packages, list) or not all(isinstance(name, str) for name in packages):
             raise DataError(f"data.options.packages: a list of package names was expected, found {packages!r}")
@@ -412,7 +415,9 @@ class PythonDocsLoader:
         collection = self._read()
         for position in self._kept:
             found = collection.passages[position]
-            yield f"documentation of {found.name}", Passage(found.name, found.body, found.name)
+            where = f"documentation of {found.name}"
+            metadata = self.metadata.read({"metadata": {"package": found.package, "kind": found.kind}}, where, bad)
+            yield where, Passage(found.name, found.body, found.name, metadata or {})
 
     def queries(self, split: Split, bad: BadRecords) -> Iterator[tuple[str, Query]]:
         collection = self._read()
@@ -522,14 +527,15 @@ def _field_names(path: Path, default: str) -> list[str]:
 # --- records
 
 
-def make_passage(record: dict[str, Any], names: dict[str, str], where: str, bad: BadRecords) -> Passage | None:
+def make_passage(record: dict[str, Any], names: dict[str, str], where: str, bad: BadRecords, metadata: MetadataFields) -> Passage | None:
     """A passage from a record whose fields are called `names`; None if it was bad and reported."""
     passage_id = id_field(record, names["passage_id"], where, bad)
     if passage_id is None:
         return None
     title = text_field(record, names["title"], where, bad, optional=True)
     text = text_field(record, names["text"], where, bad)
-    return None if title is None or text is None else Passage(passage_id, text, title)
+    known = metadata.read(record, where, bad)
+    return None if title is None or text is None or known is None else Passage(passage_id, text, title, known)
 
 
 def make_query(record: dict[str, Any], names: dict[str, str], where: str, bad: BadRecords) -> Query | None:

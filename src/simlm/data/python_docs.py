@@ -76,12 +76,16 @@ _BUILT_IN = {
 
 @dataclass(frozen=True, slots=True)
 class Documented:
-    """One documented object: the package it counts for, its qualified name, the summary sentence and the rest."""
+    """One documented object: the package it counts for, its qualified name, the summary sentence and the rest.
+
+    kind: "module", "class", "function", "method" or "property"; empty where the source does not say (compiled objects of numpy).
+    """
 
     package: str
     name: str
     summary: str
     body: str
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ def collect(packages: Sequence[str] = (), *, min_body_words: int = MIN_BODY_WORD
     passages: list[Documented] = []
     names: set[str] = set()
     bodies: set[str] = set()
-    for package, name, text in docstrings:
+    for package, name, text, kind in docstrings:
         if name in names:
             dropped["defined twice"] += 1
             continue
@@ -121,7 +125,7 @@ def collect(packages: Sequence[str] = (), *, min_body_words: int = MIN_BODY_WORD
             continue
         names.add(name)
         bodies.add(key)
-        passages.append(Documented(package, name, summary, body))
+        passages.append(Documented(package, name, summary, body, kind))
     shared = Counter(_query_key(passage.summary) for passage in passages)
     queries = []
     for position, passage in enumerate(passages):
@@ -228,32 +232,34 @@ Job = tuple[str, str, str]
 
 @dataclass
 class _Module:
-    """What the parser found in a file: `all_names` is its `__all__` where it has a plain one; docs are (name inside the module, text)."""
+    """What the parser found in a file: `all_names` is its `__all__` where it has a plain one.
+
+    docs: (name inside the module, text, kind).
+    """
 
     package: str
     module: str
     all_names: list[str] | None
-    docs: list[tuple[str, str]]
+    docs: list[tuple[str, str, str]]
 
 
-def _read(packages: Sequence[str], num_workers: int) -> list[tuple[str, str, str]]:
-    """(package, public qualified name, docstring), ordered by package as given, then by name."""
+def _read(packages: Sequence[str], num_workers: int) -> list[tuple[str, str, str, str]]:
+    """(package, public qualified name, docstring, kind), ordered by package as given, then by name."""
     chosen = installed(packages)
     jobs = [(package, module, str(path)) for package in chosen for module, path in _files(package)]
     exports = {package: _exports(package) for package in chosen}
     jobs = [job for job in jobs if _wanted(job[1], exports[job[0]])]
-    found: list[tuple[int, str, str]] = []
+    found: list[tuple[int, str, str, str]] = []
     order = {package: number for number, package in enumerate(chosen)}
     for module in _parse_all(jobs, num_workers):
-        for inner, text in module.docs:
+        for inner, text, kind in module.docs:
             name = _public_name(module, inner, exports[module.package])
             if name is not None:
-                found.append((order[module.package], name, text))
+                found.append((order[module.package], name, text, kind))
     for package in chosen:
-        found += [(order[package], name, text) for name, text in _built_in(package)]
-    return [
-        (chosen[number], name, text) for number, name, text in sorted(found, key=lambda item: (item[0], len(item[1]), item[1], item[2]))
-    ]
+        found += [(order[package], name, text, kind) for name, text, kind in _built_in(package)]
+    found.sort(key=lambda item: (item[0], len(item[1]), item[1], item[2]))
+    return [(chosen[number], name, text, kind) for number, name, text, kind in found]
 
 
 def _files(package: str) -> list[tuple[str, Path]]:
@@ -364,7 +370,7 @@ def _parse_all(jobs: list[Job], num_workers: int) -> Iterator[_Module]:
             assert process.stdout is not None
             for line in process.stdout:
                 package, module, all_names, docs = json.loads(line)
-                yield _Module(package, module, all_names, [(name, text) for name, text in docs])
+                yield _Module(package, module, all_names, [(name, text, kind) for name, text, kind in docs])
             if process.wait() != 0:
                 raise DataError(
                     f"reading the installed packages failed (exit status {process.returncode} of a parsing process); run it again"
@@ -407,7 +413,7 @@ def _parse_job(job: Sequence[str]) -> _Module:
 def _visit(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, prefix: str, found: _Module) -> None:
     text = ast.get_docstring(node, clean=False)
     if text and _encodable(text):
-        found.docs.append((prefix, text))
+        found.docs.append((prefix, text, _kind(node, prefix)))
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         return
     for child in _statements(node.body):
@@ -419,6 +425,16 @@ def _visit(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunction
                 found.all_names = _string_list(child.value)
         elif isinstance(child, ast.Expr) and isinstance(child.value, ast.Call):
             _added_docstring(child.value, found)
+
+
+def _kind(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> str:
+    if isinstance(node, ast.Module | ast.ClassDef):
+        return "module" if isinstance(node, ast.Module) else "class"
+    decorators = {ast.unparse(decorator).rpartition(".")[2] for decorator in node.decorator_list}
+    if decorators & {"property", "cached_property"}:
+        return "property"
+    # Functions inside functions are not read, so what has a dot in its name stands in a class.
+    return "method" if "." in name else "function"
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
@@ -445,11 +461,11 @@ def _added_docstring(call: ast.Call, found: _Module) -> None:
             member, text = (_constant(item) for item in call.args[2].elts)
             name = f"{name}.{member}"
         if place and name and text and _encodable(text):
-            found.docs.append((f"@{_without_private(place)}.{name}", text))
+            found.docs.append((f"@{_without_private(place)}.{name}", text, ""))
     elif function in ("add_docstr", "_add_docstr") and len(call.args) >= 2:
         text = _constant(call.args[1])
         if text and _encodable(text):
-            found.docs.append((f"@{_without_private(ast.unparse(call.args[0]))}", text))
+            found.docs.append((f"@{_without_private(ast.unparse(call.args[0]))}", text, ""))
 
 
 def _without_private(dotted: str) -> str:
@@ -472,8 +488,8 @@ def _encodable(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" or character == "\0" for character in text)
 
 
-def _built_in(package: str) -> Iterator[tuple[str, str]]:
-    """(qualified name, docstring) of compiled objects of modules that are loaded anyway."""
+def _built_in(package: str) -> Iterator[tuple[str, str, str]]:
+    """(qualified name, docstring, kind) of compiled objects of modules that are loaded anyway."""
     if package == "stdlib":
         for source, shown in _BUILT_IN.items():
             if source in sys.builtin_module_names or _spec(source) is not None:
@@ -485,10 +501,10 @@ def _built_in(package: str) -> Iterator[tuple[str, str]]:
         for name, value in sorted(namespace.items()):
             text = _documentation(value)
             if type(value).__name__ == "ufunc" and text and not name.startswith("_"):
-                yield f"numpy.{name}", text
+                yield f"numpy.{name}", text, "function"
 
 
-def _members(namespace: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+def _members(namespace: dict[str, Any], prefix: str, *, in_class: bool = False) -> Iterator[tuple[str, str, str]]:
     for name in sorted(namespace):
         value = namespace[name]
         if name.startswith("_") or inspect.ismodule(value) or not (callable(value) or inspect.isdatadescriptor(value)):
@@ -496,9 +512,10 @@ def _members(namespace: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]
         qualified = f"{prefix}.{name}" if prefix else name
         text = _documentation(value)
         if text:
-            yield qualified, text
+            kind = "class" if inspect.isclass(value) else "function" if not in_class else "method" if callable(value) else "property"
+            yield qualified, text, kind
         if inspect.isclass(value) and prefix.count(".") < 1:
-            yield from _members(dict(vars(value)), qualified)
+            yield from _members(dict(vars(value)), qualified, in_class=True)
 
 
 def _documentation(value: object) -> str | None:

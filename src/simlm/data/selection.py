@@ -65,7 +65,7 @@ class Selection:
         """Passages kept, in the order of the corpus."""
         for number, (_, passage, _) in enumerate(_with_text(self.loader, self.bad)):
             if number not in self._skipped and (self._kept is None or self._kept[number]):
-                yield Row(passage.passage_id, passage.text, passage.title)
+                yield Row(passage.passage_id, passage.text, passage.title, metadata=passage.metadata)
 
     def queries(self, split: Split) -> Iterator[Row]:
         """Queries kept for a split of the store."""
@@ -92,7 +92,7 @@ def select(loader: Loader, settings: DataSettings, *, seed: int) -> Selection:
     queries without a positive are left out, those of dev and test stay (they are judged, so they count).
     """
     bad = BadRecords(settings.on_bad_record)
-    corpus = _scan_corpus(loader, bad, draw=seed if settings.max_passages else None)
+    corpus = _scan_corpus(loader, settings, bad, draw=seed if settings.max_passages else None)
     facts: dict[str, Any] = {"passages_with_title_only": corpus.title_only}
     judged = {split: found for split in SPLITS if len((found := _scan_split(loader, split, corpus, bad, seed)).hashes)}
     facts["queries_without_positive"] = {split: found.without_positive for split, found in judged.items() if found.without_positive}
@@ -149,14 +149,15 @@ def _with_text(loader: Loader, bad: BadRecords) -> Iterator[tuple[str, Passage, 
         if passage.text:
             yield where, passage, False
         elif passage.title:
-            yield where, Passage(passage.passage_id, passage.title), True
+            yield where, replace(passage, text=passage.title, title=""), True
         else:
             bad.report(where, "empty passage", f"passage {passage.passage_id!r} has neither text nor title")
 
 
-def _scan_corpus(loader: Loader, bad: BadRecords, *, draw: int | None) -> _Corpus:
+def _scan_corpus(loader: Loader, settings: DataSettings, bad: BadRecords, *, draw: int | None) -> _Corpus:
     hashes, draws = array("Q"), array("Q")
     scripts: Counter[str] = Counter()
+    missing = set(settings.metadata_fields or ())
     title_only = 0
     for number, (_, passage, titled) in enumerate(_with_text(loader, bad)):
         hashes.append(id_hash(passage.passage_id))
@@ -166,9 +167,14 @@ def _scan_corpus(loader: Loader, bad: BadRecords, *, draw: int | None) -> _Corpu
             for name, pattern in _SCRIPT.items():
                 scripts[name] += len(pattern.findall(passage.text[:SAMPLED_CHARACTERS]))
         title_only += titled
+        missing.difference_update(passage.metadata)
     if not hashes:
         skipped = f" ({sum(bad.counts.values()):,} records were skipped, the first: {bad.examples[0]})" if bad.examples else ""
         raise DataError(f"the corpus has no passages{skipped}; check data.path and data.corpus")
+    if missing:
+        # A slip of the pen would otherwise show only when a filter finds nothing.
+        names = ", ".join(map(repr, sorted(missing)))
+        raise DataError(f"data.metadata_fields: no passage has a field {names}; give names of the corpus's columns, or leave them out")
     found = np.array(hashes, dtype=np.uint64)
     names = ((where, passage.passage_id) for where, passage, _ in _with_text(loader, bad))
     letters = max(sum(scripts.values()), 1)

@@ -11,6 +11,7 @@ Layout (all integers little-endian; `N` rows a table; tables are `passages` and 
     TABLE/token_offsets.bin    int64 [N + 1]; title_tokens.bin uint16 [N]; lengths.bin int32 [N], the assembled sequence
     TABLE/head_*.bin           see `_Heads`; only where a tokenizer treats the first word of a text differently
     TABLE/answers.bin          JSON list a query; answer_offsets.bin int64 [N + 1]; only where the data set has answers
+    TABLE/metadata.bin         JSON object a passage, nothing for one without; metadata_offsets.bin int64 [N + 1]; only where there is any
     qrels/SPLIT/               offsets.bin int64 [Q + 1], passage_rows.bin int64, grades.bin int32
 
 A row keeps up to `kept_tokens` tokens of its title and as many of its text, more than the retriever's maximum where that is short:
@@ -34,7 +35,7 @@ from numpy.typing import DTypeLike, NDArray
 from simlm.artifacts import open_artifact, read_manifest
 from simlm.data.tokens import Template
 from simlm.errors import DataError
-from simlm.types import SPLITS, Split
+from simlm.types import SPLITS, Scalar, Split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -111,6 +112,8 @@ class Table:
         self._title_bytes = map_array(self.folder / "title_bytes.bin", np.uint32)
         self._answers = map_bytes(self.folder / "answers.bin") if info["answers"] else None
         self._answer_offsets = map_array(self.folder / "answer_offsets.bin", np.int64) if info["answers"] else None
+        self._metadata = map_bytes(self.folder / "metadata.bin") if info["metadata"] else None
+        self._metadata_offsets = map_array(self.folder / "metadata_offsets.bin", np.int64) if info["metadata"] else None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -133,6 +136,13 @@ class Table:
         if self._answers is None or self._answer_offsets is None:
             return ()
         return tuple(json.loads(self._answers[int(self._answer_offsets[row]) : int(self._answer_offsets[row + 1])]))
+
+    def metadata(self, row: int) -> dict[str, Scalar]:
+        """Metadata of a passage by field name; empty where it has none, and for queries."""
+        if self._metadata is None or self._metadata_offsets is None:
+            return {}
+        found = self._metadata[int(self._metadata_offsets[row]) : int(self._metadata_offsets[row + 1])]
+        return dict(json.loads(found)) if found else {}
 
     def tokens_of(self, row: int) -> tuple[NDArray[np.integer[Any]], NDArray[np.integer[Any]]]:
         """Kept tokens of title and of text, without special tokens."""
@@ -233,6 +243,8 @@ class Store:
             **shared,
             "heads": self.info["heads"] and not queries,
             "answers": queries and self.info["tables"][name]["with_answers"],
+            # Stores made before there was metadata do not count it.
+            "metadata": self.info["tables"][name].get("with_metadata", 0),
             "max_tokens": self.info["max_query_tokens"] if queries else self.info["max_passage_tokens"],
         }
 

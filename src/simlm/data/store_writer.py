@@ -8,10 +8,10 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -22,7 +22,7 @@ from simlm.artifacts import write_json
 from simlm.data.store import INFO, TOKENIZER, Store, hash_bytes, map_array, map_bytes, passages_fingerprint
 from simlm.data.tokens import Template, TextEncoder, Tokens, plain_tokenizer, truncate_pair
 from simlm.errors import DataError
-from simlm.types import Split
+from simlm.types import Scalar, Split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -46,6 +46,7 @@ class Row:
     text: str
     title: str = ""
     answers: tuple[str, ...] = ()
+    metadata: Mapping[str, Scalar] = field(default_factory=dict)
 
 
 class StoreWriter:
@@ -209,9 +210,9 @@ class _TableWriter:
     def __init__(self, folder: Path, template: Template, *, max_tokens: int, kept: int, dtype: str, heads: bool) -> None:
         self.folder, self.template, self.max_tokens, self.kept, self.dtype, self.heads = folder, template, max_tokens, kept, dtype, heads
         self.files: dict[str, BinaryIO] = {}
-        self.ends = {"id": 0, "text": 0, "token": 0, "head": 0, "answer": 0}
+        self.ends = {"id": 0, "text": 0, "token": 0, "head": 0, "answer": 0, "metadata": 0}
         self.spare_bits: Bools = np.empty(0, dtype=bool)
-        self.rows = self.titles = self.cut = self.total_tokens = self.with_answers = self.longest = 0
+        self.rows = self.titles = self.cut = self.total_tokens = self.with_answers = self.with_metadata = self.longest = 0
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -220,6 +221,8 @@ class _TableWriter:
             "lengths",
             "answers",
             "answer_offsets",
+            "metadata",
+            "metadata_offsets",
             *(["head_tokens", "head_starts", "head_offsets", "head_skip"] if self.heads else []),
         ]
         with ExitStack() as stack:
@@ -229,9 +232,10 @@ class _TableWriter:
                     self.files[name].write(bytes(8))
             yield
             self.files["word_starts"].write(np.packbits(self.spare_bits, bitorder="little").tobytes())
-        if not self.with_answers:
-            for name in ("answers", "answer_offsets"):
-                (self.folder / f"{name}.bin").unlink()
+        unused = () if self.with_answers else ("answers", "answer_offsets")
+        unused += () if self.with_metadata else ("metadata", "metadata_offsets")
+        for name in unused:
+            (self.folder / f"{name}.bin").unlink()
 
     def add(self, chunk: list[_Encoded]) -> None:
         self._strings("ids", "id", [encoded.row.name.encode() for encoded in chunk])
@@ -240,15 +244,17 @@ class _TableWriter:
         self._array("title_bytes", "<u4", [len(title) for title in titles])
         lists = [json.dumps(encoded.row.answers, ensure_ascii=False).encode() for encoded in chunk]
         self._strings("answers", "answer", lists)
+        self._strings("metadata", "metadata", [_metadata_bytes(encoded.row) for encoded in chunk])
         self._tokens(chunk)
         if self.heads:
             self._joined(chunk)
         self.rows += len(chunk)
         self.titles += sum(1 for title in titles if title)
         self.with_answers += sum(1 for encoded in chunk if encoded.row.answers)
+        self.with_metadata += sum(1 for encoded in chunk if encoded.row.metadata)
 
     def facts(self) -> dict[str, Any]:
-        """Rows, titles, tokens with special tokens, mean and longest length, rows cut at the maximum."""
+        """Rows, titles, tokens with special tokens, mean and longest length, rows cut at the maximum; rows with metadata if any."""
         return {
             "rows": self.rows,
             "with_title": self.titles,
@@ -257,6 +263,7 @@ class _TableWriter:
             "mean_tokens": round(self.total_tokens / self.rows, 2) if self.rows else 0.0,
             "longest_tokens": self.longest,
             "cut": self.cut,
+            **({"with_metadata": self.with_metadata} if self.with_metadata else {}),
         }
 
     def _tokens(self, chunk: list[_Encoded]) -> None:
@@ -309,6 +316,12 @@ class _TableWriter:
 
     def _array(self, name: str, dtype: str, values: Any) -> None:
         self.files[name].write(np.asarray(values, dtype=dtype).tobytes())
+
+
+def _metadata_bytes(row: Row) -> bytes:
+    if not row.metadata:
+        return b""
+    return json.dumps(dict(row.metadata), ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
 
 
 def assembled_lengths(template: Template, titles: Ints, texts: Ints, max_tokens: int) -> NDArray[np.int32]:

@@ -148,6 +148,10 @@ def _messages(facts: dict[str, Any], wanted: list[Split] | None) -> list[str]:
     lines = [
         f"store: {passages['rows']:,} passages of {passages['mean_tokens']} tokens on average ({passages['cut']:,} cut); queries: {counts}"
     ]
+    if passages.get("with_metadata"):
+        left_out = facts.get("metadata_left_out", ())
+        more = f"; left out, as they are not single values: {', '.join(left_out)}" if left_out else ""
+        lines.append(f"{passages['with_metadata']:,} passages have metadata to filter by{more}")
     if "train" not in queries and (wanted is None or "train" in wanted):
         lines.append(
             "no training queries: pre-training, BM25 and the indexes work; a trained retriever needs queries and qrels of the split train"
