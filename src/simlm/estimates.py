@@ -28,6 +28,7 @@ from simlm.recipe import (
     RerankerSettings,
     RerankSettings,
     RetrieverSettings,
+    SampledRerankSettings,
     SearchSettings,
     TrainingSettings,
     expand_path,
@@ -105,7 +106,7 @@ def estimate_step(plan: Plan, step: Step) -> Estimate:
         return Estimate(3 + taught / 600 + flops / rate, PROCESS_BYTES + weights, taught * settings.depth * 13)
     if step.stage == "filter_queries":
         return Estimate(2 + sizes.num_queries.get("train", 0) / 10_000, PROCESS_BYTES, sizes.num_queries.get("train", 0) * 400)
-    if step.stage in ("select_run", "fuse", "mine_negatives", "evaluate"):
+    if step.stage in ("select_run", "fuse", "mine_negatives", "check_teacher", "evaluate"):
         queries = max(sizes.num_queries.values(), default=0)
         return Estimate(2 + queries * 2e-3, PROCESS_BYTES + queries * 50_000, queries * 12_000)
     if isinstance(settings, IndexSettings):
@@ -133,6 +134,8 @@ def estimate_step(plan: Plan, step: Step) -> Estimate:
         queries = (
             sizes.num_queries.get("train", 0) if "groups" in step.inputs else sum(sizes.num_queries.get(s, 0) for s in settings.splits)
         )
+        if isinstance(settings, SampledRerankSettings):
+            queries = min(queries, settings.num_queries or queries)
         length = min(settings.max_pair_tokens, sizes.passage_tokens + sizes.query_tokens)
         pair_tokens = queries * min(settings.depth, sizes.num_passages) * length
         flops = shape.forward_flops(pair_tokens, length)

@@ -36,6 +36,7 @@ from simlm.artifacts import (
 from simlm.errors import ArtifactError, DataError, DiskError, RecipeError, SimlmError, nearest, require_extra
 from simlm.progress import Progress
 from simlm.recipe import (
+    CheckTeacherSettings,
     ConsistencySettings,
     DataSettings,
     FuseSettings,
@@ -47,6 +48,7 @@ from simlm.recipe import (
     Recipe,
     RerankerSettings,
     RerankSettings,
+    SampledRerankSettings,
     expand_path,
     initialisation_name,
     load_recipe,
@@ -450,6 +452,11 @@ def _compared(initial: str) -> str:
     return f"reranker_from_{initialisation_name(initial)}"
 
 
+def _teacher_roles(steps: list[str], role: str = "teacher") -> dict[str, str]:
+    """The roles of several teachers' runs: "teacher", "teacher.2" ..."""
+    return {f"{role}.{number}" if number > 1 else role: step for number, step in enumerate(steps, start=1)}
+
+
 def _check_outside_reranker(checkpoint: str) -> None:
     """RecipeError if a checkpoint on this machine cannot score pairs: found here, not hours later; one of a hub is checked by its step."""
     path = expand_path(checkpoint)
@@ -556,12 +563,15 @@ class _Planner:
             teacher = self._reranker(groups, runs.get(best, ""), pretrained)
         hybrid = recipe.hybrid_teacher
         teachers = [] if "distilled" in skip or (hybrid and hybrid.alone) else self._teachers(groups, teacher)
+        checked = bool(teachers)
         if hybrid is not None:
             teachers.append(self._hybrid_teacher(hybrid, groups, best))
         if teachers:
+            # On what the teacher has scored, before [distilled_mining] leaves some of it out: a changed filter compares nothing again.
+            inputs = self._check_teacher(groups, teachers, best, runs.get(best, ""), teacher) if checked else {}
             if recipe.distilled_mining.model_fields_set:
                 groups = self._mine_scored(best, dense, teacher)
-            self._distill(groups, pretrained, teachers)
+            self._distill(groups, pretrained, best, teachers, inputs)
             self._dense("distilled", "distilled", searched, runs)
             best = "distilled"
         if searched and "hybrid" not in skip:
@@ -690,7 +700,8 @@ class _Planner:
 
     def _teachers(self, groups: str, reranker: str) -> list[str]:
         """Score the groups with the recipe's own re-ranker, if there is one, and with each further teacher; the steps that do."""
-        settings = self._teacher_scoring()
+        sample = {"num_queries": self.recipe.teacher.num_queries}
+        settings = SampledRerankSettings.model_validate(self._teacher_scoring().model_dump() | sample)
         steps = []
         if reranker:
             self._add("teacher_scores", "rerank", settings, {"store": "store", "model": reranker, "groups": groups})
@@ -698,6 +709,43 @@ class _Planner:
         for checkpoint in self.recipe.teacher.extra:
             name = f"teacher_scores_{initialisation_name(checkpoint)}"
             self._rerank_outside(name, settings, checkpoint, groups=groups)
+            steps.append(name)
+        return steps
+
+    def _check_teacher(self, groups: str, teachers: list[str], student: str, student_run: str, reranker: str) -> dict[str, str]:
+        """Compare what teaches with the last retriever, on dev where all that teach can score its run; the further inputs of distill."""
+        section = self.recipe.teacher
+        inputs = {"store": "store", "groups": groups} | _teacher_roles(teachers)
+        scoring = HybridTeacherSettings(
+            dense="best", dense_weight=1.0, temperature=self.recipe.distilled.student_temperature, depth=section.depth
+        )
+        scored = {"store": "store", "groups": groups, "embeddings": f"{student}_embeddings", "model": student}
+        self._add("student_scores", "score_groups", self._with_model(scoring, "")[0], scored)
+        inputs["student_scores"] = "student_scores"
+        if student_run and "dev" in self.splits and section.check_queries and "hybrid_teacher_scores" not in teachers:
+            inputs |= {"dev_student": student_run} | _teacher_roles(self._dev_teachers(student_run, reranker), "dev_teacher")
+        settings = CheckTeacherSettings(
+            depth=section.check_depth,
+            interpolate=section.interpolate,
+            if_worse=section.if_worse,
+            student_temperature=self.recipe.distilled.student_temperature,
+            student=student,
+        )
+        self._add("teacher_check", "check_teacher", settings, inputs)
+        return {"check": "teacher_check", "student": student, "student_scores": "student_scores"}
+
+    def _dev_teachers(self, student_run: str, reranker: str) -> list[str]:
+        """Re-rank the student's first passages for some dev queries with everyone who teaches; the steps that do."""
+        section = self.recipe.teacher
+        sample: dict[str, Any] = {"splits": ["dev"], "depth": section.check_depth, "num_queries": section.check_queries}
+        settings = SampledRerankSettings.model_validate(self._teacher_scoring().model_dump() | sample)
+        steps = []
+        if reranker:
+            self._add("dev_teacher_scores", "rerank", settings, {"store": "store", "model": reranker, "run": student_run})
+            steps.append("dev_teacher_scores")
+        for checkpoint in section.extra:
+            name = f"dev_teacher_scores_{initialisation_name(checkpoint)}"
+            self._rerank_outside(name, settings, checkpoint, run=student_run)
             steps.append(name)
         return steps
 
@@ -724,9 +772,10 @@ class _Planner:
         outside = OutsideRerankSettings.model_validate(settings.model_dump() | {"checkpoint": checkpoint})
         self._add(name, "rerank", outside, {"store": "store"} | scored, self._outside_model(checkpoint, None))
 
-    def _distill(self, groups: str, pretrained: str, teachers: list[str]) -> None:
-        roles = {f"teacher.{number}" if number > 1 else "teacher": step for number, step in enumerate(teachers, start=1)}
-        self._retriever("distilled", self.recipe.distilled, groups, pretrained, stage="distill", **roles)
+    def _distill(self, groups: str, pretrained: str, before: str, teachers: list[str], inputs: dict[str, str]) -> None:
+        if self.recipe.distilled.initial == "retriever2":
+            inputs = inputs | {"model": before}
+        self._retriever("distilled", self.recipe.distilled, groups, pretrained, stage="distill", **_teacher_roles(teachers), **inputs)
 
     def _reranker(self, groups: str, dev_run: str, pretrained: str) -> str:
         inputs = {"dev_run": dev_run} if dev_run and "dev" in self.splits else {}
@@ -881,7 +930,7 @@ class _Planner:
         outside: dict[str, Any] = {}
         if initial == "start":
             outside = self._outside_model(model.start, model.revision)
-        elif initial not in ("", "pretrained"):
+        elif initial not in ("", "pretrained", "retriever2"):
             outside = self._outside_model(initial, None)
         return section.model_copy(update={"model": model}), outside
 

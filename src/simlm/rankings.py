@@ -49,6 +49,11 @@ class Run:
         for position, query_row in enumerate(self.query_rows):
             yield int(query_row), *self.ranked(position)
 
+    def take(self, positions: Ints, depth: int | None = None) -> Run:
+        """The run of the queries at `positions`, in their order; of each the first `depth` passages (all of them where there is none)."""
+        offsets, values = _taken(self.offsets, positions, depth)
+        return Run(self.split, np.asarray(self.query_rows)[positions], offsets, self.passage_rows[values], self.scores[values])
+
     @classmethod
     def from_lists(cls, split: Split, query_rows: Sequence[int], ranked: Sequence[tuple[Sequence[int], Sequence[float]]]) -> Run:
         """A run from (passage rows, scores) of each query; sorts each list by score, then by row."""
@@ -156,6 +161,23 @@ class Groups:
         start, stop = self.negative_offsets[position], self.negative_offsets[position + 1]
         return self.negative_rows[start:stop], self.negative_scores[start:stop]
 
+    def take(self, positions: Ints) -> Groups:
+        """The groups of the queries at `positions`, in their order."""
+        positive_offsets, positives = _taken(self.positive_offsets, positions)
+        negative_offsets, negatives = _taken(self.negative_offsets, positions)
+        return Groups(
+            self.split,
+            np.asarray(self.query_rows)[positions],
+            positive_offsets,
+            self.positive_rows[positives],
+            self.positive_scores[positives],
+            negative_offsets,
+            self.negative_rows[negatives],
+            self.negative_scores[negatives],
+            None if self.negative_sources is None else self.negative_sources[negatives],
+            None if self.source_positive_scores is None else self.source_positive_scores[:, positives],
+        )
+
     def by_source(self, position: int) -> Iterator[tuple[NDArray[np.int64], Floats]]:
         """For each run: places of its negatives in the list of `negatives`, and its scores of the query's positives."""
         start, stop = self.negative_offsets[position], self.negative_offsets[position + 1]
@@ -202,6 +224,17 @@ def offsets_of(counts: Sequence[int] | NDArray[np.integer]) -> Ints:
     offsets = np.zeros(len(counts) + 1, dtype=np.int64)
     np.cumsum(np.asarray(counts, dtype=np.int64), out=offsets[1:])
     return offsets
+
+
+def _taken(offsets: Ints, positions: Ints, depth: int | None = None) -> tuple[Ints, Ints]:
+    """(offsets, places) of the rows at `positions` of a ragged table, of each its first `depth` values."""
+    starts = np.asarray(offsets)[positions]
+    counts = np.asarray(offsets)[np.asarray(positions) + 1] - starts
+    if depth is not None:
+        counts = np.minimum(counts, depth)
+    own = offsets_of(counts)
+    places: Ints = np.arange(own[-1]) + np.repeat(starts - own[:-1], counts)
+    return own, places
 
 
 def _save(folder: Path, **arrays: NDArray[np.generic]) -> None:

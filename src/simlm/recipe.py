@@ -122,6 +122,8 @@ class DataSettings(Section):
     """Files inside `path` (or absolute), where the loader's own names do not fit."""
     fields: dict[str, str] = Field(default_factory=dict)
     """Field names of JSONL, CSV and Parquet where they differ: passage_id, title, text, query_id, query, grade, answers ..."""
+    metadata_fields: list[str] | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Columns kept as metadata of the passages, for filters; none = the fields of a record's object "metadata" (JSONL)."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the loader itself (python-docs: packages, max_passages ...; hub: name, revision ...)."""
     max_passages: PositiveInt | None = None
@@ -413,6 +415,9 @@ class RetrieverSettings(Section):
 class DistillSettings(RetrieverSettings):
     """Training on the re-ranker's scores: distill_loss(student, teacher) + contrastive_weight x InfoNCE."""
 
+    initial: str = "pretrained"
+    """ "pretrained", "start", or a path or hub id, as of any retriever; or "retriever2" = the last retriever before, that of the last
+    round (retriever 1 where `skip` leaves retriever 2 out)."""
     group_size: Annotated[int, Field(ge=2)] = 24
     distill_loss: Literal["kl", "margin_mse", "listwise"] = "kl"
     """ "kl" of the two softmaxes (the paper); "margin_mse" = squared differences of the margins to the positive (arXiv 2010.02666);
@@ -498,14 +503,14 @@ class EncodeSettings(Section):
 class IndexSettings(Section):
     """What is searched."""
 
-    type: Literal["flat", "hnsw", "ivf", "pq", "bm25"] = "flat"
+    type: Literal["flat", "hnsw", "ivf", "pq", "rabitq", "milvus", "bm25"] = "flat"
     k1: Annotated[float, Field(ge=0)] = 0.9
     b: Fraction = 0.4
     """BM25 as Lucene scores it, Anserini's defaults."""
     language: str = "auto"
     """Of BM25's stemmer and stop words: a Snowball language, "none", or "auto" (told from a sample of the corpus)."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Of the faiss index: hnsw_neighbours, num_lists, num_probes, code_bytes ..."""
+    """Of an index of vectors (docs/index.md has all): dim, rescore, rescore_dtype, and its type's own: dtype, num_lists, bits ..."""
 
 
 class SearchSettings(Section):
@@ -713,7 +718,14 @@ class RerankSettings(Section):
     """Pairs between two points that survive a kill."""
 
 
-class OutsideRerankSettings(RerankSettings):
+class SampledRerankSettings(RerankSettings):
+    """Settings of a rerank step that may score a sample of the queries."""
+
+    num_queries: PositiveInt | None = Field(default=None, exclude_if=lambda value: value is None)
+    """A seeded sample of this many: of a run's judged queries of each split, or of groups; none = all, as before there was a choice."""
+
+
+class OutsideRerankSettings(SampledRerankSettings):
     """Settings of a rerank step whose cross-encoder no step of the recipe makes."""
 
     checkpoint: str
@@ -725,9 +737,21 @@ class TeacherSettings(RerankSettings):
 
     splits: list[Split] = Field(default_factory=lambda: list[Split](["train"]))
     depth: PositiveInt = 64
+    num_queries: PositiveInt | None = None
+    """Score a seeded sample of this many training queries, and distil from these alone; none = all."""
     extra: list[str] = Field(default_factory=list)
     """Paths or hub ids of further cross-encoders with one label; all are averaged (simlm.data.teachers.combine_teachers). They teach alone
     where `skip` names the re-ranker."""
+    check_queries: Annotated[int, Field(ge=0)] = 200
+    """Dev queries whose first passages the teacher re-ranks, to be compared with the retriever that it is to teach; 0 = compare on the
+    training groups, which both were trained on."""
+    check_depth: PositiveInt = 20
+    """Passages re-ranked of each of them."""
+    interpolate: bool = False
+    """Always teach w x teacher + (1 - w) x retriever, w by RR@10 of the compared queries; w = 1 where the teacher alone does best."""
+    if_worse: Literal["mix", "skip", "go_on"] = "mix"
+    """Where the teacher is worse than the retriever (p < 0.05): "mix" = as `interpolate`, and no distillation where the teacher adds
+    nothing; "skip" = no distillation, the last retriever is kept; "go_on" = distil from it all the same (the paper checks nothing)."""
 
     @field_validator("extra")
     @classmethod
@@ -747,6 +771,18 @@ class TeacherSettings(RerankSettings):
         if splits != ["train"]:
             raise ValueError('a teacher scores training groups, so only ["train"] fits; leave it out')
         return splits
+
+
+class CheckTeacherSettings(Section):
+    """Teacher against student, and what is taught after it: what [teacher] and [distilled] say of it."""
+
+    depth: PositiveInt = 20
+    interpolate: bool = False
+    if_worse: Literal["mix", "skip", "go_on"] = "mix"
+    student_temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.02
+    """Divides the student's cosines, as in the loss."""
+    student: str = "retriever2"
+    """What the student is called."""
 
 
 class EvaluateSettings(Section):
@@ -932,6 +968,26 @@ class Recipe(Section):
             raise ValueError("teacher.extra scores for the distilled retriever, which `skip` leaves out; drop one of the two")
         if self.distilled_mining.model_fields_set and "reranker" in self.skip:
             raise ValueError("[distilled_mining] reads the scores of the recipe's re-ranker, which `skip` leaves out; drop one of the two")
+        return self
+
+    @model_validator(mode="after")
+    def _teachers_fit(self) -> Recipe:
+        about_teaching = ("interpolate", "if_worse", "check_queries", "check_depth", "num_queries")
+        given = [key for key in about_teaching if key in self.teacher.model_fields_set]
+        scored = "distilled" not in self.skip and ("reranker" not in self.skip or self.teacher.extra)
+        if given and not (scored and not (self.hybrid_teacher and self.hybrid_teacher.alone)):
+            raise ValueError(
+                f"teacher.{given[0]} is about a cross-encoder that teaches the distilled retriever, and this recipe has none; leave it out"
+            )
+        if self.teacher.interpolate and self.teacher.if_worse != "mix":
+            raise ValueError(
+                f'teacher.if_worse = "{self.teacher.if_worse}" changes nothing with teacher.interpolate, which mixes in any case; drop one'
+            )
+        if self.teacher.check_queries == 0 and "check_depth" in self.teacher.model_fields_set:
+            raise ValueError("teacher.check_depth changes nothing with teacher.check_queries = 0; drop one of the two")
+        for name in ("retriever1", "retriever2", "reranker"):
+            if getattr(self, name).initial == "retriever2":
+                raise ValueError(f'{name}.initial = "retriever2": only [distilled] can start from it; use "pretrained" or "start"')
         return self
 
     @field_validator("name")

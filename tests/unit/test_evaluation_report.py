@@ -490,6 +490,27 @@ def test_stage_writes_a_whole_report(tmp_path: Path, tiny_store: Any) -> None:
     assert run_stage(again, inputs, EvaluateSettings(measures=["RR@10", "R@5"])) == metrics
 
 
+def test_what_came_of_comparing_teacher_and_student_is_in_the_report(tmp_path: Path, tiny_store: Any) -> None:
+    facts = {"student_name": "retriever2", "measure": "RR@10", "measured_on": "dev", "teacher": 0.5, "student": 0.9, "num_queries": 12}
+    facts |= {"p_value": 0.01, "outcome": "worse", "action": "skip"}
+    builder = ArtifactBuilder(tmp_path / "teacher_check", kind="report", stage="check_teacher", code_version=1, fingerprint="x")
+    builder.begin()
+    builder.facts.update(facts)
+    builder.finish(settings={}, inputs={}, seed=1, seconds=2.0, peak_memory_bytes=1)
+    artifact(tmp_path / "bm25_run", "run", run=store_run(tiny_store, "test", 4))
+    artifact(tmp_path / "distilled_run", "run", run=store_run(tiny_store, "test", 1))
+    inputs = {"store": tiny_store.path} | {f"run.{name}": tmp_path / f"{name}_run" for name in ("bm25", "distilled")}
+    metrics = run_stage(tmp_path, inputs | {"step.teacher_check": tmp_path / "teacher_check"}, EvaluateSettings())
+    assert metrics["teaching"] == facts
+    told = "Not distilled: the distilled retriever is retriever 2 as it was"
+    assert any(tone == "warn" and text.startswith(told) for tone, text in tones(metrics))
+    for page in ("report.html", "report.md"):
+        assert told in (tmp_path / "report" / page).read_text(encoding="utf-8")
+    assert told in _printed(metrics).replace("\n", " ")
+    (tmp_path / "other").mkdir()
+    assert run_stage(tmp_path / "other", inputs, EvaluateSettings())["teaching"] is None
+
+
 def test_stage_without_the_split(tmp_path: Path, tiny_store: Any, tiny_wordpiece: Any) -> None:
     from tests.conftest import build_store, tiny_passages
 

@@ -45,6 +45,9 @@ def test_every_input_comes_before_the_step_that_reads_it(tmp_path: Path) -> None
         "store": "store",
         "groups": "retriever2_groups",
         "teacher": "teacher_scores",
+        "check": "teacher_check",
+        "student": "retriever2",
+        "student_scores": "student_scores",
         "model": "pretrained",
     }
 

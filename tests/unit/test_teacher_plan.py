@@ -65,7 +65,13 @@ def test_another_teacher_makes_stale_what_reads_it_and_nothing_else(tmp_path: Pa
     local = checkpoint(tmp_path / "teacher", id2label={"0": "x"})
     before, after = prints(recipe_for(tmp_path)), prints(recipe_for(tmp_path, teacher={"extra": [local]}))
     changed = {name for name in before if before[name] != after[name]}
-    assert changed == {name for name in before if name.startswith("distilled")} | {"hybrid_run", "best_run", "reranker_run", "report"}
+    assert changed == {name for name in before if name.startswith("distilled")} | {
+        "teacher_check",
+        "hybrid_run",
+        "best_run",
+        "reranker_run",
+        "report",
+    }
     (tmp_path / "teacher" / "model.safetensors").write_bytes(b"other weights")
     again = prints(recipe_for(tmp_path, teacher={"extra": [local]}))
     assert again["teacher_scores_teacher"] != after["teacher_scores_teacher"] and again["teacher_scores"] == after["teacher_scores"]

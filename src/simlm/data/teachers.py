@@ -7,7 +7,7 @@ Shapes: T teachers, N passages of all lists end to end, L lists.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,19 @@ Names = Callable[[int], str]
 Bools = NDArray[np.bool_]
 
 
-def combine_teachers(scores_TN: Floats, offsets: Ints) -> Floats:
+def combine_teachers(scores_TN: Floats, offsets: Ints, weights: Sequence[float] | None = None) -> Floats:
     """float32 [N]: what several teachers say together of each passage.
 
     Within each list every teacher's scores are standardised, averaged, and scaled back by the mean of the teachers' standard deviations
     (and moved to the mean of their means), so that a temperature keeps its meaning; one teacher alone keeps its scores. A teacher that
     gives a whole list one score says nothing of it and is left out there; if all do, the list stays constant.
     scores_TN: raw logits; list l owns the columns offsets[l] to offsets[l + 1] - 1.
-    Raises ShapeError if the offsets do not fit or a list is empty, DataError if a score is not finite.
+    weights: of each teacher in all of these means, above 0; only their ratio counts. None = all alike.
+    Raises ShapeError if the offsets or weights do not fit or a list is empty, DataError if a score is not finite.
     """
+    weights_T1 = np.ones((len(scores_TN), 1)) if weights is None else np.asarray(weights, dtype=np.float64)[:, None]
+    if len(weights_T1) != len(scores_TN) or not (weights_T1 > 0).all():
+        raise ShapeError(f"weights {weights_T1.ravel().tolist()} for {len(scores_TN)} teachers; one above 0 for each is needed")
     counts_L = np.diff(offsets)
     if scores_TN.ndim != 2 or len(scores_TN) == 0 or offsets[0] != 0 or offsets[-1] != scores_TN.shape[1] or (counts_L < 1).any():
         raise ShapeError(f"scores of shape {scores_TN.shape} for lists of {counts_L[:5].tolist()}... passages; each list needs one or more")
@@ -46,14 +50,27 @@ def combine_teachers(scores_TN: Floats, offsets: Ints) -> Floats:
     # Of equal float32 scores the mean in float64 is exact, so that their deviation is exactly 0.
     deviations_TL = np.sqrt(np.add.reduceat(centred_TN**2, starts_L, axis=1) / counts_L)
     speaks_TL = deviations_TL > 0
-    voices_L = np.maximum(speaks_TL.sum(axis=0), 1)
+    voices_L = np.where(speaks_TL.any(axis=0), (weights_T1 * speaks_TL).sum(axis=0), 1.0)
     standard_TN = centred_TN / np.repeat(np.where(speaks_TL, deviations_TL, 1.0), counts_L, axis=1)
-    scale_L = deviations_TL.sum(axis=0) / voices_L
-    heard_TL = speaks_TL | ~speaks_TL.any(axis=0)
+    scale_L = (weights_T1 * deviations_TL).sum(axis=0) / voices_L
+    heard_TL = weights_T1 * (speaks_TL | ~speaks_TL.any(axis=0))
     mean_L = (means_TL * heard_TL).sum(axis=0) / heard_TL.sum(axis=0)
-    average_N = standard_TN.sum(axis=0) / np.repeat(voices_L, counts_L)
+    average_N = (weights_T1 * standard_TN).sum(axis=0) / np.repeat(voices_L, counts_L)
     combined_N: Floats = (average_N * np.repeat(scale_L, counts_L) + np.repeat(mean_L, counts_L)).astype(np.float32)
     return combined_N
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """How several teachers become one: weights of `combine_teachers`, and what the combined scores are multiplied by."""
+
+    weights: tuple[float, ...]
+    sharpness: float = 1.0
+
+    def of(self, scores_TN: Floats, offsets: Ints) -> Floats:
+        """float32 [N]; see `combine_teachers`."""
+        combined_N: Floats = combine_teachers(scores_TN, offsets, self.weights) * np.float32(self.sharpness)
+        return combined_N
 
 
 @dataclass(frozen=True)
@@ -71,13 +88,20 @@ class TeacherGroups:
 
 
 def teacher_groups(
-    groups: Groups, teachers: Sequence[Run], *, query_id: Names, passage_id: Names, folder: Path | None = None
+    groups: Groups,
+    teachers: Sequence[Run],
+    *,
+    query_id: Names,
+    passage_id: Names,
+    folder: Path | None = None,
+    mixture: Mixture | None = None,
 ) -> TeacherGroups:
     """Groups with the teachers' scores for every positive and for the first negatives of every query, several combined.
 
     teachers: raw logits for pairs of the groups. How deep one goes is told from the query where it goes deepest; every other query must be
     scored as deep, or to the end of its list. Of several the shallowest counts.
     query_id, passage_id: names of rows, for messages. folder: where what is new is kept, memory-mapped; none = in memory.
+    mixture: how several are combined; none = all alike.
     Raises DataError if a group has no positive, listing the first pairs that are missing and the first scores that are not finite, if a
     teacher scores no query's passages differently, or if no query has a negative left.
     """
@@ -105,7 +129,7 @@ def teacher_groups(
         scores = [lookup.scores(block) for lookup in lookups]
         if not all(check.sees(block, each_N) for check, each_N in zip(checks, scores, strict=True)):
             continue
-        scores_N = _combined(block, scores)
+        scores_N = _combined(block, scores, mixture)
         num_constant += int((block.varied(scores_N) == 0)[block.num_negatives > 0].sum())
         chosen_N = np.repeat(block.num_negatives > 0, block.counts)
         positives_N, negatives_N = chosen_N & ~block.is_negative_N, chosen_N & block.is_negative_N
@@ -138,6 +162,65 @@ def teacher_groups(
         num_constant=num_constant,
         num_bare=len(groups) - len(kept),
     )
+
+
+def of_scored_queries(groups: Groups, teacher: Run) -> Groups:
+    """The groups of those queries that a teacher has scored, where it was to score a sample of them."""
+    return groups.take(np.flatnonzero(np.isin(groups.query_rows, teacher.query_rows)))
+
+
+# --- lists that several have scored
+
+
+@dataclass(frozen=True)
+class ScoredLists:
+    """Candidates of some queries, end to end, and what each of several says of them.
+
+    offsets: int64 [L + 1]; is_positive_N: bool; scores_TN: float32, finite.
+    """
+
+    offsets: Ints
+    is_positive_N: Bools
+    scores_TN: Floats
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+
+def scored_groups(groups: Groups, scorers: Mapping[str, Run], *, query_id: Names, passage_id: Names) -> ScoredLists:
+    """The positives and first negatives of every query, as deep as all have scored, in memory: for a sample of the groups.
+
+    scorers: name for messages -> raw scores of pairs of the groups. Raises DataError for a score that is missing or not finite.
+    """
+    lookups = [_Lookup(scorer) for scorer in scorers.values()]
+    depth = min(_depth(groups, lookup) for lookup in lookups)
+    checks = [_Check(name, len(scorer), query_id, passage_id) for name, scorer in scorers.items()]
+    return _scored(list(_blocks(groups, depth)), lookups, checks, [block.places_N < 0 for block in _blocks(groups, depth)])
+
+
+def scored_candidates(
+    candidates: Run, relevant: Mapping[int, Sequence[int]], scorers: Mapping[str, Run], *, query_id: Names, passage_id: Names
+) -> ScoredLists:
+    """All candidates of a run, as several have scored them. relevant: query row -> passage rows. Raises DataError as `scored_groups`."""
+    rows_N, counts_L = np.asarray(candidates.passage_rows), np.diff(candidates.offsets)
+    block = _Block(np.asarray(candidates.query_rows), counts_L, counts_L, rows_N, np.zeros(len(rows_N), dtype=np.int64))
+    known = [np.isin(rows, list(relevant.get(query, ()))) for query, rows, _ in candidates]
+    checks = [_Check(name, len(scorer), query_id, passage_id) for name, scorer in scorers.items()]
+    return _scored([block], [_Lookup(scorer) for scorer in scorers.values()], checks, known)
+
+
+def _scored(blocks: list[_Block], lookups: list[_Lookup], checks: list[_Check], is_positive: list[Bools]) -> ScoredLists:
+    parts = [np.zeros((len(lookups), 0), dtype=np.float32)]
+    for block in blocks:
+        scores = [lookup.scores(block) for lookup in lookups]
+        for check, scores_N in zip(checks, scores, strict=True):
+            check.sees(block, scores_N)
+        parts.append(np.stack(scores))
+    for check in checks:
+        check.refuse_if_incomplete()
+    counts = np.concatenate([np.zeros(0, dtype=np.int64), *(block.counts for block in blocks)])
+    positive_N = np.concatenate([np.zeros(0, dtype=bool), *is_positive])
+    return ScoredLists(offsets_of(counts), positive_N, np.concatenate(parts, axis=1))
 
 
 # --- blocks of groups
@@ -258,6 +341,15 @@ class _Check:
         return True
 
     def refuse_if_bad(self) -> None:
+        """DataError for scores that are not there or not finite, and for a teacher that says nothing at all."""
+        self.refuse_if_incomplete()
+        if self._num_lists and self._num_constant == self._num_lists:
+            raise DataError(
+                f"{self._told} gives all passages of a query the same score, for every query; it has not learned anything: train it again"
+            )
+
+    def refuse_if_incomplete(self) -> None:
+        """DataError for scores that are not there or not finite."""
         missing, infinite = self._num_bad["missing"], self._num_bad["infinite"]
         if missing:
             raise DataError(
@@ -269,10 +361,6 @@ class _Check:
                 f"{infinite:,} scores of {self._told} are not finite numbers: {_listed(self._first['infinite'], infinite)}; "
                 "train the re-ranker again, with a lower learning rate or bf16 = false"
             )
-        if self._num_lists and self._num_constant == self._num_lists:
-            raise DataError(
-                f"{self._told} gives all passages of a query the same score, for every query; it has not learned anything: train it again"
-            )
 
 
 _SHOWN = 5
@@ -282,7 +370,9 @@ def _listed(names: list[str], number: int) -> str:
     return ", ".join(names) + (" ..." if number > len(names) else "")
 
 
-def _combined(block: _Block, scores: list[Floats]) -> Floats:
+def _combined(block: _Block, scores: list[Floats], mixture: Mixture | None) -> Floats:
+    if mixture is not None:
+        return mixture.of(np.stack(scores), offsets_of(block.counts))
     return scores[0] if len(scores) == 1 else combine_teachers(np.stack(scores), offsets_of(block.counts))
 
 

@@ -45,7 +45,7 @@ def _last_layer(encoder: PreTrainedModel, layer: nn.Module, hidden_BTH: Tensor, 
     config = encoder.config
     parts = post_norm_parts(encoder, layer)
     first_BH = hidden_BTH[:, 0]
-    rows, num_heads = len(first_BH), config.num_attention_heads
+    rows, num_heads = first_BH.shape[0], config.num_attention_heads
 
     def heads(states: Tensor) -> Tensor:
         return states.view(rows, -1, num_heads, states.shape[-1] // num_heads).transpose(1, 2)

@@ -85,6 +85,7 @@ STAGES: dict[str, StageRow] = {
     "train_reranker": StageRow("simlm.stages.train_reranker", "model", 1, "RerankerSettings", distributed=True),
     "rerank": StageRow("simlm.stages.rerank", "run", 1, "RerankSettings"),
     "score_groups": StageRow("simlm.stages.score_groups", "run", 1, "HybridTeacherSettings"),
+    "check_teacher": StageRow("simlm.stages.check_teacher", "report", 1, "CheckTeacherSettings"),
     "distill": StageRow("simlm.stages.distill", "model", 2, "DistillSettings", distributed=True),
     "evaluate": StageRow("simlm.stages.evaluate", "report", 1, "EvaluateSettings"),
 }

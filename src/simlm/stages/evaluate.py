@@ -44,7 +44,8 @@ def run(settings: EvaluateSettings, inputs: dict[str, Path], context: Context) -
         )
     context.progress.say(f"measuring {len(rows)} runs on the {settings.split} queries")
     run_folder = context.builder.path.resolve().parent
-    results = measure_rows(rows, store, settings, name=run_folder.name, seed=context.seed, missing=missing)
+    teaching = next((step.manifest.facts for step in steps if step.manifest.stage == "check_teacher"), None)
+    results = measure_rows(rows, store, settings, name=run_folder.name, seed=context.seed, missing=missing, teaching=teaching)
     trec_depth = _write_trec(context.work, rows, store, settings, len(results.query_rows))
     if trec_depth:
         results.metrics["notes"].append(

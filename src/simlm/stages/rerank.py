@@ -22,7 +22,7 @@ from simlm.data.store import Store
 from simlm.data.teacher_scores import Teacher, TeacherScores
 from simlm.errors import ArtifactError, DataError
 from simlm.rankings import Floats, Groups, Ints, Run, RunWriter, offsets_of
-from simlm.recipe import OutsideRerankSettings, RerankSettings
+from simlm.recipe import OutsideRerankSettings, RerankSettings, SampledRerankSettings
 from simlm.stages import Context
 from simlm.types import Split
 
@@ -37,13 +37,14 @@ TIMED_QUERIES, TIMED_SECONDS = 20, 20.0
 def run(settings: RerankSettings, inputs: dict[str, Path], context: Context) -> None:
     """Inputs: store, model (none with OutsideRerankSettings), and either run (writes `settings.splits`) or groups (writes split train).
 
-    Of a group the positives and the first `depth` negatives are scored. Facts: num_queries, num_pairs, of which num_known_pairs were not
-    scored again, depth, precision, pairs_per_second (of what was scored in this try) and, of a run, milliseconds_per_query (first stage and
-    re-ranking together, one query at a time) and bytes_per_passage (of the first stage's index).
+    Of a group the positives and the first `depth` negatives are scored; of SampledRerankSettings.num_queries queries, where it is set.
+    Facts: num_queries, num_pairs, of which num_known_pairs were not scored again, depth, precision, pairs_per_second (of what was scored in
+    this try) and, of a whole run, milliseconds_per_query (first stage and re-ranking together, one query at a time) and bytes_per_passage
+    (of the first stage's index).
     Raises DataError before scoring if a group has no positive or no group has a negative, ModelError for a model that has not one label.
     """
     store = Store.open(inputs["store"])
-    candidates, first_stage = _candidates(settings, inputs)
+    candidates, first_stage = _candidates(settings, inputs, store, context.seed)
     _check_groups(candidates, store)
     scorer = _open_scorer(store, settings, inputs, context)
     for lists in candidates:
@@ -62,7 +63,7 @@ def run(settings: RerankSettings, inputs: dict[str, Path], context: Context) -> 
     if scorer.num_known:
         total = scorer.num_known + scorer.num_scored
         context.progress.say(f"rerank: {scorer.num_known:,} of {total:,} pairs had been scored before by this model")
-    if "groups" not in inputs:
+    if "groups" not in inputs and _sampled(settings) is None:
         own = _milliseconds_per_query(store, scorer.reranker, runs)
         earlier = first_stage.facts.get("milliseconds_per_query")
         context.record(
@@ -141,7 +142,7 @@ class _Lists:
         return bounds
 
 
-def _candidates(settings: RerankSettings, inputs: dict[str, Path]) -> tuple[list[_Lists], Manifest]:
+def _candidates(settings: RerankSettings, inputs: dict[str, Path], store: Store, seed: int) -> tuple[list[_Lists], Manifest]:
     role = "groups" if "groups" in inputs else "run"
     source = open_artifact(inputs[role], "groups" if role == "groups" else "run")
     made_from = source.manifest.inputs.get("store")
@@ -150,11 +151,23 @@ def _candidates(settings: RerankSettings, inputs: dict[str, Path]) -> tuple[list
             f"{inputs[role]}: made from another version of the corpus than {inputs['store']}, so passage rows do not fit; "
             "run the step that makes it again"
         )
+    sample = _sampled(settings)
     if role == "groups":
         groups = Groups.load(source.path, "train")
+        if sample is not None and sample < len(groups):
+            groups = groups.take(np.sort(np.random.default_rng([seed, 13]).choice(len(groups), sample, replace=False)))
         return [_Lists("train", groups.query_rows, groups, settings.depth)], source.manifest
     runs = [Run.load(source.path, split) for split in dict.fromkeys(settings.splits)]
+    if sample is not None:
+        from simlm.training.dev import judged_sample
+
+        runs = [run.take(np.flatnonzero(np.isin(run.query_rows, list(judged_sample(store, run.split, sample, seed))))) for run in runs]
     return [_Lists(ranked.split, ranked.query_rows, ranked, settings.depth) for ranked in runs], source.manifest
+
+
+def _sampled(settings: RerankSettings) -> int | None:
+    """How many queries are scored at most; None = all."""
+    return settings.num_queries if isinstance(settings, SampledRerankSettings) else None
 
 
 def _check_groups(candidates: list[_Lists], store: Store) -> None:

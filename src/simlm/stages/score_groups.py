@@ -1,6 +1,7 @@
 """score_groups: BM25 and a dense retriever together as a teacher of training groups, without labels.
 
-Inputs: "store", "groups", "index" (BM25), "embeddings" (of the dense retriever), and "model" where that is not the starting model.
+Inputs: "store", "groups", "index" (BM25; not needed with dense_weight = 1), "embeddings" (of the dense retriever), and "model" where that
+is not the starting model.
 Output: a run of split train with a score for every positive and the first `depth` negatives of each group, as a re-ranker's.
 """
 
@@ -25,12 +26,13 @@ QUERIES_AT_ONCE = 2048
 
 
 def run(settings: HybridTeacherSettings, inputs: dict[str, Path], context: Context) -> None:
-    """Facts: num_queries, num_pairs, dense_weight, and agreement (share of groups in which BM25 and dense have the same passage first)."""
+    """Facts: num_queries, num_pairs, dense_weight, and with BM25 agreement (share of groups in which both have the same passage first)."""
     from simlm.models.retriever import load_retriever
 
     store = Store.open(inputs["store"])
     groups = Groups.load(open_artifact(inputs["groups"], "groups").path)
-    index = cast("BM25Index", open_index(inputs["index"]))
+    index = cast("BM25Index", open_index(inputs["index"])) if "index" in inputs else None
+    assert index is not None or settings.dense_weight == 1, "BM25's share needs its index"
     vectors_ND = np.load(open_artifact(inputs["embeddings"], "embeddings").file("vectors.npy"), mmap_mode="r", allow_pickle=False)
     if len(vectors_ND) != len(store.passages):
         raise ArtifactError(
@@ -50,7 +52,8 @@ def run(settings: HybridTeacherSettings, inputs: dict[str, Path], context: Conte
         texts = [table.text(int(groups.query_rows[position])) for position in positions]
         for position, text, query_D in zip(positions, texts, retriever.encode_queries(texts), strict=True):
             rows = np.concatenate([groups.positives(position)[0], groups.negatives(position)[0][: settings.depth]]).astype(np.int64)
-            dense, bm25 = np.asarray(vectors_ND[rows], dtype=np.float32) @ query_D, index.scores_of(text, rows)
+            dense = np.asarray(vectors_ND[rows], dtype=np.float32) @ query_D
+            bm25 = np.zeros_like(dense) if index is None else index.scores_of(text, rows)
             agreed += int(dense.argmax() == bm25.argmax())
             ranked.append((rows, fused(dense, bm25, dense_weight=settings.dense_weight, temperature=settings.temperature)))
     teacher = Run.from_lists("train", np.asarray(groups.query_rows).tolist(), [(rows.tolist(), scores.tolist()) for rows, scores in ranked])
@@ -59,7 +62,7 @@ def run(settings: HybridTeacherSettings, inputs: dict[str, Path], context: Conte
         num_queries=len(teacher),
         num_pairs=len(teacher.passage_rows),
         dense_weight=settings.dense_weight,
-        agreement=round(agreed / max(len(groups), 1), 4),
+        **({} if index is None else {"agreement": round(agreed / max(len(groups), 1), 4)}),
     )
 
 

@@ -20,6 +20,7 @@ from simlm.rankings import Ints, Run
 from simlm.recipe import DevSettings
 from simlm.training.cached_step import inverse_order
 from simlm.training.precision import autocast
+from simlm.types import Split
 
 DEV_MEASURE = "RR@10"
 CUTOFF = 10
@@ -43,7 +44,7 @@ def retriever_dev(
 
     model: token tensors -> embeddings of unit length. batch_tokens: padded tokens encoded at once.
     """
-    chosen = _dev_queries(store, settings, seed)
+    chosen = judged_sample(store, "dev", settings.num_queries, seed)
     if not chosen:
         return None
     query_rows = np.array(sorted(chosen), dtype=np.int64)
@@ -78,7 +79,7 @@ def reranker_dev(
     model: token tensors of pairs -> one logit a row. A query whose positive is not among them counts 0, so the run is the ceiling.
     """
     place = {int(query): position for position, query in enumerate(run.query_rows)}
-    chosen = _dev_queries(store, settings, seed)
+    chosen = judged_sample(store, "dev", settings.num_queries, seed)
     if not chosen:
         return None
     ranked = {query: np.asarray(run.ranked(place[query])[0][:depth]) for query in sorted(chosen) if query in place}
@@ -125,14 +126,14 @@ def mean_reciprocal_rank(ranks: list[int], cutoff: int = CUTOFF) -> float:
     return float(np.mean([1.0 / rank if 0 < rank <= cutoff else 0.0 for rank in ranks]))
 
 
-def _dev_queries(store: Store, settings: DevSettings, seed: int) -> dict[int, list[int]]:
-    """A seeded sample of the dev queries that have a relevant passage: query row -> passage rows."""
-    if settings.num_queries == 0 or "dev" not in store.splits:
+def judged_sample(store: Store, split: Split, num_queries: int, seed: int) -> dict[int, list[int]]:
+    """A seeded sample of the queries that have a relevant passage: query row -> passage rows; all where there are not more."""
+    if num_queries == 0 or split not in store.splits:
         return {}
-    judged = {query: sorted(row for row, grade in grades.items() if grade > 0) for query, grades in store.qrels("dev").items()}
+    judged = {query: sorted(row for row, grade in grades.items() if grade > 0) for query, grades in store.qrels(split).items()}
     usable = sorted(query for query, rows in judged.items() if rows)
-    if len(usable) > settings.num_queries:
-        usable = sorted(np.random.default_rng([seed, 10]).choice(usable, settings.num_queries, replace=False).tolist())
+    if len(usable) > num_queries:
+        usable = sorted(np.random.default_rng([seed, 10]).choice(usable, num_queries, replace=False).tolist())
     return {query: judged[query] for query in usable}
 
 

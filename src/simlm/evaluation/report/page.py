@@ -1,4 +1,4 @@
-"""report.html and report.md from the results and the records of the steps.
+"""report.html, report.md and report.json from the results and the records of the steps.
 
 The HTML page is one file: no script, no outside asset, a content security policy that allows nothing but its own style sheet.
 All text is escaped, so that a passage with markup stays text.
@@ -15,7 +15,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from simlm.evaluation.report import charts, tables
+from simlm.artifacts import write_json
+from simlm.evaluation.report import charts, data, tables
 from simlm.evaluation.report.examples import wins_and_losses
 from simlm.evaluation.report.results import RANK_BANDS, ReportStore, Results, comparison, row_label, row_of
 from simlm.evaluation.report.steps import StepRecord, flat_settings, hardware, versions
@@ -38,10 +39,11 @@ WHAT_ROWS_ARE = {
 
 
 def write_pages(folder: Path, results: Results, store: ReportStore, steps: Sequence[StepRecord], *, split: Split, examples: int) -> None:
-    """Write `report.html` and `report.md` into a folder. examples: queries shown among wins and among losses."""
+    """Write `report.html`, `report.md` and `report.json` into a folder. examples: queries shown among wins and among losses."""
     content = page_content(results, store, list(steps), split=split, examples=examples)
     (folder / "report.html").write_bytes(render_html(content).encode("utf-8", errors="replace"))
     (folder / "report.md").write_bytes(render_markdown(content).encode("utf-8", errors="replace"))
+    write_json(folder / data.FILE, data.report_data(results.metrics, steps, (content["wins"], content["losses"])))
 
 
 def page_content(results: Results, store: ReportStore, steps: list[StepRecord], *, split: Split, examples: int) -> dict[str, Any]:

@@ -93,11 +93,19 @@ class Results:
 
 
 def measure_rows(
-    rows: Sequence[Row], store: ReportStore, settings: EvaluateSettings, *, name: str, seed: int, missing: Sequence[str] = ()
+    rows: Sequence[Row],
+    store: ReportStore,
+    settings: EvaluateSettings,
+    *,
+    name: str,
+    seed: int,
+    missing: Sequence[str] = (),
+    teaching: Mapping[str, Any] | None = None,
 ) -> Results:
     """Measure every row over all judged queries of `settings.split`, and compare them.
 
-    name: of the recipe's run. missing: what the caller knows to be absent; more may be found here.
+    name: of the recipe's run. missing: what the caller knows to be absent; more may be found here. teaching: facts of the comparison of
+    the teacher with the retriever that it taught, where there was one.
     Raises RecipeError for an unknown measure, even where there is nothing to measure.
     """
     split = settings.split
@@ -145,6 +153,7 @@ def measure_rows(
         "comparisons": comparisons,
         "missing": found_missing,
         "notes": notes,
+        "teaching": None if teaching is None else dict(teaching),
     }
     return Results(metrics, searched, query_rows, main_values, positives)
 

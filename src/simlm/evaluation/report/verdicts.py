@@ -15,6 +15,7 @@ _STYLES = {"good": "green", "plain": "", "warn": "yellow", "bad": "bold red"}
 
 # Fewer judged queries than this and only large differences can be told from chance; TREC's tracks have 43 and more.
 _FEW_QUERIES = 50
+_TEACHERS = {"better": "is better than", "level": "is not measurably different from", "worse": "is worse than"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ def verdicts(metrics: Mapping[str, Any]) -> list[Verdict]:
         found.insert(0, Verdict("warn", "No retriever was trained in this run; the rows show what is there without training."))
     else:
         found = [_outcome(metrics, final, other) for other in ("bm25", "start") if row_of(metrics, other)] + found
+    if metrics.get("teaching"):
+        found.append(teaching_verdict(metrics["teaching"]))
     found += _later_stages(metrics)
     found += _compared_rerankers(metrics)
     found += _hybrid(metrics)
@@ -49,6 +52,27 @@ def verdicts(metrics: Mapping[str, Any]) -> list[Verdict]:
         queries = "1 judged query" if num_queries == 1 else f"{num_queries} judged queries"
         found.append(Verdict("warn", f"Only {queries}: all but large differences may be chance."))
     return found
+
+
+def teaching_verdict(facts: Mapping[str, Any]) -> Verdict:
+    """Teacher against the retriever that it is to teach, and what was done about it. facts: of a check_teacher step."""
+    student = _the(facts["student_name"])
+    measure, queries = facts["measure"], "dev queries" if facts["measured_on"] == "dev" else "training groups, which both were trained on"
+    numbers = (
+        f"{measure} {facts['teacher']:.3f} against {facts['student']:.3f} on {facts['num_queries']:,} {queries}, {p_text(facts['p_value'])}"
+    )
+    told = f"The teacher {_TEACHERS[facts['outcome']]} {student}, which it is to teach ({numbers})"
+    worse = facts["outcome"] == "worse"
+    if facts["action"] == "skip":
+        why = " No mixture of the two is better than the student alone." if "teacher_weight" in facts else ""
+        return Verdict("warn", f"Not distilled: the distilled retriever is {student} as it was. {told}.{why}")
+    if facts["action"] == "mix":
+        share = facts["teacher_weight"]
+        mixture = f"{share:.2f} x teacher + {1 - share:.2f} x {student}, {measure} {facts['mixture']:.3f}"
+        return Verdict("warn" if worse else "plain", f"{told}. What is distilled is a mixture chosen on the same queries: {mixture}.")
+    if worse:
+        return Verdict("warn", f"{told}, and is distilled all the same.")
+    return Verdict("plain", f"{told}.")
 
 
 def mark(row: Mapping[str, Any], against: str = "bm25") -> str:
@@ -151,4 +175,4 @@ def _the(name: str) -> str:
     return label if name.startswith("retriever") else f"the {label}"
 
 
-__all__ = ["Tone", "Verdict", "mark", "p_text", "verdicts"]
+__all__ = ["Tone", "Verdict", "mark", "p_text", "teaching_verdict", "verdicts"]
