@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +17,51 @@ import torch
 
 from simlm.artifacts import MANIFEST, build_artifact, peak_memory_bytes, reset_peak_memory, write_json
 from simlm.errors import ArtifactError, RecipeError, ShapeError
-from simlm.index import INDEXES, INFO, Index, check_options, flat, index_class, load_index, open_index
+from simlm.index import INDEXES, INFO, Index, build_vectors, check_options, flat, index_class, load_index, open_index, vectors
 from simlm.index.flat import FlatIndex
+from simlm.index.stored import rounded
+from simlm.index.vectors import shortened
+from simlm.losses.compression import cut
 
 NUM_PASSAGES, NUM_QUERIES, DIM = 300, 20, 16
-RECALL = {"flat": 1.0, "hnsw": 0.99, "ivf": 0.6, "pq": 0.6, "bm25": 1.0}
-"""Of the exact best 10, at least. Random vectors have no clusters: ivf and pq do far better on real ones."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A type of the table with options that change what it is. recall: of the exact best 10, at least; exact: its scores are.
+
+    Random vectors have no clusters: ivf, pq and rabitq do far better on real ones.
+    """
+
+    type: str
+    recall: float
+    exact: bool = True
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tolerance: float = 1e-6
+
+
+ROWS = {
+    "flat": Row("flat", 1.0),
+    "flat float16": Row("flat", 0.99, options={"dtype": "float16"}, tolerance=1e-3),
+    "flat int8": Row("flat", 0.95, options={"dtype": "int8"}, tolerance=2e-2),
+    "hnsw": Row("hnsw", 0.99),
+    "ivf": Row("ivf", 0.6),
+    "pq": Row("pq", 0.6, exact=False),
+    "pq rescored": Row("pq", 0.9, options={"rescore": 4, "rescore_dtype": "float32"}),
+    "ivf rescored": Row("ivf", 0.6, options={"rescore": 2, "rescore_dtype": "float16"}, tolerance=1e-3),
+    "rabitq": Row("rabitq", 0.8, tolerance=2e-2),
+    "rabitq as it is": Row("rabitq", 0.4, exact=False, options={"rescore": 0}),
+    "rabitq of 4 bits": Row("rabitq", 0.8, exact=False, options={"bits": 4, "rescore": 0}),
+    "rabitq in lists": Row("rabitq", 0.8, options={"num_lists": 4, "num_probes": 3, "rescore": 6, "query_bits": 4}, tolerance=2e-2),
+    "half of the numbers": Row("flat", 0.3, exact=False, options={"dim": 8}),
+    "half of the numbers rescored": Row("rabitq", 0.6, options={"dim": 8, "rescore": 12, "bits": 4}, tolerance=2e-2),
+    "bm25": Row("bm25", 1.0),
+}
+
+
+def test_every_type_is_held_to_the_contract() -> None:
+    # The client of a server has contract tests of its own.
+    assert {row.type for row in ROWS.values()} == set(INDEXES) - {"milvus"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +75,9 @@ class Corpus:
 
 def vectors_of(count: int, seed: int) -> np.ndarray[Any, Any]:
     """float32 [count, DIM], unit length."""
-    vectors: np.ndarray[Any, Any] = np.random.default_rng(seed).standard_normal((count, DIM)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors
+    drawn: np.ndarray[Any, Any] = np.random.default_rng(seed).standard_normal((count, DIM)).astype(np.float32)
+    drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
+    return drawn
 
 
 def texts_of(count: int, seed: int, words: int = 12) -> list[str]:
@@ -59,11 +101,15 @@ def exact_bm25(texts: list[str], queries: list[str], k1: float = 0.9, b: float =
 
 
 def corpus_for(name: str, num_passages: int = NUM_PASSAGES) -> Corpus:
-    if index_class(name).takes == "text":
+    if takes_text(name):
         texts, queries = texts_of(num_passages, 1), texts_of(NUM_QUERIES, 2, words=3)
         return Corpus(texts, queries, exact_bm25(texts, queries))
     passages, queries_QD = vectors_of(num_passages, 1), vectors_of(NUM_QUERIES, 2)
     return Corpus(passages, queries_QD, queries_QD @ passages.T)
+
+
+def takes_text(name: str) -> bool:
+    return bool(index_class(ROWS[name].type).takes == "text")
 
 
 Build = Callable[..., Index]
@@ -78,14 +124,15 @@ def one_thread() -> None:
 def build(tmp_path: Path) -> Build:
     """Build a finished index artifact in a folder of its own and open it."""
 
-    def made(name: str, passages: Any, folder: str = "index", **options: int) -> Index:
+    def made(name: str, passages: Any, folder: str = "index", **options: Any) -> Index:
+        kind, options = ROWS[name].type, ROWS[name].options | options
         with build_artifact(tmp_path / folder, kind="index") as builder:
-            if index_class(name).takes == "text":
-                info = index_class(name).build(passages, builder.work, k1=0.9, b=0.4, language="none")
+            if takes_text(name):
+                info = index_class(kind).build(passages, builder.work, k1=0.9, b=0.4, language="none")
             else:
                 np.save(tmp_path / f"{folder}.npy", passages)
-                info = index_class(name).build(tmp_path / f"{folder}.npy", builder.work, options=options, seed=3)
-            write_json(builder.work / INFO, info | {"type": name, "store_fingerprint": "s"})
+                info = build_vectors(kind, tmp_path / f"{folder}.npy", builder.work, options=options, seed=3)
+            write_json(builder.work / INFO, info | {"type": kind, "store_fingerprint": "s"})
         return open_index(tmp_path / folder)
 
     return made
@@ -106,8 +153,16 @@ def assert_well_formed(scores: Any, rows: Any, shape: tuple[int, int], size: int
         assert keys == sorted(keys)
 
 
-every_index = pytest.mark.parametrize("name", INDEXES)
-every_index_of_vectors = pytest.mark.parametrize("name", [name for name in INDEXES if index_class(name).takes == "vectors"])
+every_index = pytest.mark.parametrize("name", ROWS)
+every_index_of_vectors = pytest.mark.parametrize("name", [name for name in ROWS if not takes_text(name)])
+every_index_of_any_size = pytest.mark.parametrize("name", [name for name, row in ROWS.items() if "num_lists" not in row.options])
+every_type = pytest.mark.parametrize("name", sorted({row.type for row in ROWS.values()}))
+
+
+def recall_of(rows: Any, scores: Any, depth: int = 10) -> float:
+    """Share of the exact best that are among the results."""
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :depth]
+    return float(np.mean([len(set(found.tolist()) & set(wanted.tolist())) / depth for found, wanted in zip(rows, best, strict=True)]))
 
 
 @every_index
@@ -117,16 +172,14 @@ def test_recall_of_the_exact_best(build: Build, name: str) -> None:
     assert len(index) == NUM_PASSAGES
     scores, rows = index.search(corpus.queries, 10)
     assert_well_formed(scores, rows, (NUM_QUERIES, 10), NUM_PASSAGES)
-    best = np.argsort(-corpus.scores, axis=1, kind="stable")[:, :10]
-    recall = np.mean([len(set(found.tolist()) & set(wanted.tolist())) / 10 for found, wanted in zip(rows, best, strict=True)])
-    assert recall >= RECALL[name]
+    assert recall_of(rows, corpus.scores) >= ROWS[name].recall
 
 
-@pytest.mark.parametrize("name", [name for name in INDEXES if name != "pq"])
-def test_scores_are_exact_where_nothing_is_compressed(build: Build, name: str) -> None:
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.exact])
+def test_scores_are_those_of_the_vectors_that_are_kept(build: Build, name: str) -> None:
     corpus = corpus_for(name)
     scores, rows = build(name, corpus.passages).search(corpus.queries, 5)
-    np.testing.assert_allclose(scores, np.take_along_axis(corpus.scores, rows, axis=1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(scores, np.take_along_axis(corpus.scores, rows, axis=1), rtol=1e-5, atol=ROWS[name].tolerance)
 
 
 @every_index
@@ -136,7 +189,7 @@ def test_opened_elsewhere_it_finds_the_same(build: Build, name: str, tmp_path: P
     shutil.move(tmp_path / "index", tmp_path / "moved")
     (tmp_path / "index.npy").unlink(missing_ok=True)
     again = load_index(tmp_path / "moved")
-    assert again.info["type"] == name
+    assert again.info["type"] == ROWS[name].type
     for left, right in zip(before, again.search(corpus.queries, 10), strict=True):
         np.testing.assert_array_equal(left, right)
 
@@ -161,20 +214,20 @@ def test_one_query_at_a_time_finds_the_same(build: Build, name: str) -> None:
         np.testing.assert_allclose(scores[0], together_scores[place], rtol=1e-5)
 
 
-@every_index
+@every_index_of_any_size
 def test_depth_beyond_the_corpus(build: Build, name: str) -> None:
     corpus = corpus_for(name, 7)
     scores, rows = build(name, corpus.passages).search(corpus.queries, 12)
     assert_well_formed(scores, rows, (NUM_QUERIES, 12), 7)
     for place in range(NUM_QUERIES):
-        wanted = np.flatnonzero(corpus.scores[place] > 0).tolist() if index_class(name).takes == "text" else list(range(7))
+        wanted = np.flatnonzero(corpus.scores[place] > 0).tolist() if takes_text(name) else list(range(7))
         assert sorted(rows[place][rows[place] >= 0].tolist()) == wanted
 
 
-@every_index
+@every_index_of_any_size
 def test_one_passage(build: Build, name: str) -> None:
-    passages = ["w1 w2"] if index_class(name).takes == "text" else vectors_of(1, 1)
-    queries = ["w2", "w1"] if index_class(name).takes == "text" else vectors_of(2, 2)
+    passages = ["w1 w2"] if takes_text(name) else vectors_of(1, 1)
+    queries = ["w2", "w1"] if takes_text(name) else vectors_of(2, 2)
     index = build(name, passages)
     assert len(index) == 1
     scores, rows = index.search(queries, 3)
@@ -182,12 +235,12 @@ def test_one_passage(build: Build, name: str) -> None:
     assert rows.tolist() == [[0, -1, -1], [0, -1, -1]]
 
 
-@every_index
+@every_index_of_any_size
 def test_equal_passages_are_ordered_by_row(build: Build, name: str) -> None:
     corpus = corpus_for(name, 40)
     # Passages 0, 1 and 2, each three times over, between others.
     passages = [corpus.passages[row] for row in (3, 0, 1, 2, 4, 2, 1, 0, 5, 6, 0, 1, 2)]
-    index = build(name, passages if index_class(name).takes == "text" else np.stack(passages))
+    index = build(name, passages if takes_text(name) else np.stack(passages))
     queries = corpus.passages[:3]
     for place, copies in enumerate(([1, 7, 10], [2, 6, 11], [3, 5, 12])):
         scores, rows = index.search(queries[place : place + 1], 13)
@@ -215,26 +268,27 @@ def test_half_precision_vectors(build: Build, name: str) -> None:
     corpus = corpus_for(name)
     scores, rows = build(name, corpus.passages.astype(np.float16)).search(corpus.queries, 10)
     assert_well_formed(scores, rows, (NUM_QUERIES, 10), NUM_PASSAGES)
-    best = np.argsort(-corpus.scores, axis=1)[:, :10]
-    recall = np.mean([len(set(found.tolist()) & set(wanted.tolist())) / 10 for found, wanted in zip(rows, best, strict=True)])
-    assert recall >= RECALL[name] - 0.02
+    assert recall_of(rows, corpus.scores) >= ROWS[name].recall - 0.02
 
 
-@every_index
+@every_type
 def test_unknown_option(name: str) -> None:
     check_options(name, {})
     known = index_class(name).OPTIONS
-    if known:
-        option = next(iter(known))
-        check_options(name, {option: 64})
+    if not known:
+        with pytest.raises(RecipeError, match=r"index\.options\.num_lists: unknown option.*it has none"):
+            check_options(name, {"num_lists": 8})
+    for option, (default, bound) in known.items():
+        check_options(name, {option: default})
         with pytest.raises(RecipeError, match=rf"index\.options\.{option}s: unknown option.*did you mean '{option}'"):
-            check_options(name, {f"{option}s": 64})
+            check_options(name, {f"{option}s": default})
+        if isinstance(bound, tuple):
+            with pytest.raises(RecipeError, match=rf"index\.options\.{option}: found 'int7'; did you mean 'int8'"):
+                check_options(name, {option: "int7"})
+            continue
         for value in (-1, 2.5, "8", True):
             with pytest.raises(RecipeError, match=rf"index\.options\.{option}: .* whole number"):
                 check_options(name, {option: value})
-    else:
-        with pytest.raises(RecipeError, match=r"index\.options\.num_lists: unknown option.*it has none"):
-            check_options(name, {"num_lists": 8})
 
 
 def test_unknown_type() -> None:
@@ -242,15 +296,169 @@ def test_unknown_type() -> None:
         index_class("hnws")
 
 
+def masks(count: int) -> dict[str, np.ndarray[Any, Any]]:
+    """Passages that are allowed: all, most, a few, one, none."""
+    rng = np.random.default_rng(7)
+    return {
+        "all": np.ones(count, dtype=bool),
+        "most": rng.random(count) < 0.9,
+        "few": rng.random(count) < 0.06,
+        "one": np.arange(count) == count // 2,
+        "none": np.zeros(count, dtype=bool),
+    }
+
+
 @every_index
-def test_a_damaged_index_is_refused(build: Build, name: str, tmp_path: Path) -> None:
-    build(name, corpus_for(name, 20).passages)
-    largest = max(
-        (file for file in (tmp_path / "index").rglob("*") if file.name != MANIFEST and file.is_file()), key=lambda file: file.stat().st_size
-    )
-    largest.write_bytes(largest.read_bytes()[:-1])
-    with pytest.raises(ArtifactError, match="bytes, the manifest says"):
+@pytest.mark.parametrize("which", masks(1))
+def test_only_what_is_allowed_is_found(build: Build, name: str, which: str) -> None:
+    corpus = corpus_for(name)
+    allowed = masks(NUM_PASSAGES)[which]
+    index = build(name, corpus.passages)
+    scores, rows = index.search(corpus.queries, 10, allowed=allowed)
+    assert_well_formed(scores, rows, (NUM_QUERIES, 10), NUM_PASSAGES)
+    assert allowed[rows[rows >= 0]].all()
+    if which == "all":
+        for left, right in zip(index.search(corpus.queries, 10), (scores, rows), strict=True):
+            np.testing.assert_array_equal(left, right)
+    # As many as there are, however few: an approximate index looks farther where less is allowed.
+    there = np.minimum((corpus.scores > 0)[:, allowed].sum(axis=1) if takes_text(name) else allowed.sum(), 10)
+    np.testing.assert_array_equal((rows >= 0).sum(axis=1), there)
+    if allowed.sum() >= 10 and not takes_text(name):
+        assert recall_of(rows, np.where(allowed, corpus.scores, -np.inf)) >= ROWS[name].recall
+
+
+@every_index
+def test_a_mask_of_another_corpus_is_refused(build: Build, name: str) -> None:
+    corpus = corpus_for(name)
+    index = build(name, corpus.passages)
+    for mask in (np.ones(NUM_PASSAGES - 1, bool), np.ones(NUM_PASSAGES, np.int64)):
+        with pytest.raises(ShapeError, match=r"allowed: .*bool \[300\]"):
+            index.search(corpus.queries[:1], 3, allowed=mask)
+
+
+def files_of(index: Path) -> list[Path]:
+    return sorted(file for file in index.rglob("*") if file.is_file() and file.name != MANIFEST)
+
+
+@every_index
+def test_a_truncated_index_is_refused(build: Build, name: str, tmp_path: Path) -> None:
+    build(name, corpus_for(name).passages)
+    for file in files_of(tmp_path / "index"):
+        whole = file.read_bytes()
+        for length in (0, len(whole) // 2, len(whole) - 1):
+            file.unlink()  # linked vectors are those of the encode step
+            file.write_bytes(whole[:length])
+            for verify in ("full", "parsed"):
+                with pytest.raises(ArtifactError, match=f"{file.name}: .*bytes, the manifest says"):
+                    open_index(tmp_path / "index", verify=verify)  # type: ignore[arg-type]
+        file.unlink()
+        file.write_bytes(whole)
+    open_index(tmp_path / "index")
+
+
+@every_index
+def test_an_index_with_changed_bytes_is_refused(build: Build, name: str, tmp_path: Path) -> None:
+    build(name, corpus_for(name).passages)
+    rng = np.random.default_rng(11)
+    for file in files_of(tmp_path / "index"):
+        whole = file.read_bytes()
+        for _ in range(4):
+            changed = bytearray(whole)
+            for place in rng.integers(0, len(whole), 3):
+                changed[place] ^= int(rng.integers(1, 256))
+            if changed == whole:
+                continue
+            file.unlink()
+            file.write_bytes(changed)
+            with pytest.raises(ArtifactError, match=f"{file.name}: its SHA-256"):
+                open_index(tmp_path / "index")
+            if file.name not in ("vectors.npy", "scales.npy"):
+                with pytest.raises(ArtifactError, match=f"{file.name}: its SHA-256"):
+                    open_index(tmp_path / "index", verify="parsed")
+        file.unlink()
+        file.write_bytes(whole)
+
+
+@every_index_of_vectors
+def test_vectors_of_another_corpus_are_refused(build: Build, name: str, tmp_path: Path) -> None:
+    # Digests that fit: a folder put together by hand.
+    build(name, vectors_of(NUM_PASSAGES, 1))
+    other = build(name, vectors_of(NUM_PASSAGES + 5, 1), folder="other")
+    info = json.loads((tmp_path / "index" / INFO).read_text(encoding="utf-8"))
+    with build_artifact(tmp_path / "mixed", kind="index") as builder:
+        shutil.copytree(other.folder, builder.work, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
+        write_json(builder.work / INFO, info)
+    with pytest.raises(ArtifactError, match=r"expected.*build_index"):
+        open_index(tmp_path / "mixed")
+
+
+def test_a_file_that_faiss_cannot_read_is_refused(tmp_path: Path) -> None:
+    with build_artifact(tmp_path / "index", kind="index") as builder:
+        (builder.work / "index.faiss").write_bytes(b"IxHJ nonsense")
+        write_json(builder.work / INFO, {"type": "hnsw", "count": 5, "dim": 16})
+    with pytest.raises(ArtifactError, match=r"index\.faiss: faiss .* cannot read it"):
         open_index(tmp_path / "index")
+
+
+@pytest.mark.parametrize("info", [[], {}, {"type": 3}, "flat"])
+def test_a_description_of_nothing_is_refused(tmp_path: Path, info: Any) -> None:
+    with build_artifact(tmp_path / "index", kind="index") as builder:
+        write_json(builder.work / INFO, info)
+    with pytest.raises((ArtifactError, RecipeError), match=r"not readable|unknown index type"):
+        open_index(tmp_path / "index")
+
+
+@every_index_of_vectors
+def test_vectors_that_are_not_searched_are_not_counted_as_memory(build: Build, name: str) -> None:
+    index = build(name, vectors_of(NUM_PASSAGES, 1))
+    searched = sum(file.stat().st_size for file in index.folder.iterdir() if file.is_file() and file.name not in (INFO, MANIFEST))
+    assert index.info["resident_bytes"] == searched
+    assert (index.folder / "rescoring").is_dir() == bool(ROWS[name].options.get("rescore", 4 if name == "rabitq" else 0))
+
+
+def test_int8_halves_and_halves_again(build: Build) -> None:
+    passages = vectors_of(1000, 1)
+    sizes = {dtype: build("flat", passages, folder=dtype, dtype=dtype).info["resident_bytes"] for dtype in ("float32", "float16", "int8")}
+    assert sizes["float32"] - 2 * 128 < 64_000
+    assert abs(sizes["float32"] - 2 * sizes["float16"]) < 300
+    assert abs(sizes["float16"] - 2 * sizes["int8"] + 2 * 4000) < 600  # a scale of four bytes a passage
+
+
+def test_int8_vectors_are_rounded_by_their_own_greatest_number() -> None:
+    codes, scales = rounded(np.array([[1.27, -0.5, 0.004], [0.0, 0.0, 0.0]], np.float32))
+    np.testing.assert_array_equal(codes, [[127, -50, 0], [0, 0, 0]])
+    np.testing.assert_allclose(scales, [0.01, 0.0], rtol=1e-6)
+
+
+def test_a_cut_is_that_of_training() -> None:
+    whole = vectors_of(9, 3)
+    whole[4, :8] = 0
+    for size in (1, 8, DIM):
+        np.testing.assert_allclose(shortened(whole, size), cut(torch.from_numpy(whole), size).numpy(), rtol=1e-6)
+    assert shortened(whole, 0).shape == (9, DIM)
+
+
+def test_candidates_of_cut_vectors_are_scored_with_the_whole(build: Build) -> None:
+    corpus = corpus_for("flat")
+    _, rows = build("flat", corpus.passages, dim=8, rescore=30, rescore_dtype="float32").search(corpus.queries, 10)
+    np.testing.assert_array_equal(rows, np.argsort(-corpus.scores, axis=1)[:, :10])
+
+
+def test_vectors_that_are_cut_off_while_they_are_searched(build: Build) -> None:
+    corpus = corpus_for("flat")
+    index = build("flat", corpus.passages, rescore=3)
+    index.search(corpus.queries[:1], 10)
+    os.truncate(index.folder / "rescoring" / "vectors.npy", 200)
+    with pytest.raises(ArtifactError, match=r"rescoring/vectors\.npy: shorter than it was"):
+        index.search(corpus.queries[:1], 10)
+
+
+def test_files_are_closed_with_the_index(build: Build) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(20):
+        open_index(build("flat", vectors_of(5, 1), rescore=2).folder)
+    gc.collect()
+    assert len(list(Path("/proc/self/fd").iterdir())) < before + 10
 
 
 def test_an_index_without_its_description_is_refused(tmp_path: Path) -> None:
@@ -360,8 +568,28 @@ def test_pq_with_clusters(build: Build) -> None:
         ("ivf", {"num_lists": 4, "num_probes": 5}, "num_probes: 5 of 4 lists"),
         ("pq", {"code_bytes": 5}, "code_bytes: 5 does not divide the dimension 16; try 2, 4, 8"),
         ("pq", {"num_probes": 5}, "num_probes: has no effect"),
+        ("rabitq", {"num_probes": 5}, "num_probes: has no effect"),
+        ("rabitq", {"bits": 10}, "bits: found 10; 9 at most"),
+        ("flat", {"dim": 17}, "dim: 17 of vectors that have 16 numbers"),
     ],
 )
 def test_options_that_do_not_fit_the_corpus(build: Build, name: str, options: dict[str, int], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         build(name, vectors_of(NUM_PASSAGES, 1), **options)
+
+
+@every_index_of_vectors
+def test_built_block_by_block_it_is_the_same(build: Build, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = corpus_for(name)
+    whole = build(name, corpus.passages).search(corpus.queries, 10)
+    monkeypatch.setattr(vectors, "BLOCK_PASSAGES", 70)
+    monkeypatch.setattr(vectors, "SAMPLED_AT_ONCE", 33)
+    let_go: list[int] = []
+    monkeypatch.setattr(vectors, "forget_pages", lambda mapping: let_go.append(mapping is not None))
+    scores, rows = build(name, corpus.passages, folder="blocks").search(corpus.queries, 10)
+    np.testing.assert_array_equal(rows, whole[1])
+    np.testing.assert_allclose(scores, whole[0], atol=1e-6)  # a graph is searched along other ways
+    # Whatever was copied out of the file of vectors, its pages were let go.
+    linked = name == "flat"
+    assert all(let_go)
+    assert bool(let_go) != linked

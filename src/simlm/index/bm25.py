@@ -7,15 +7,18 @@ vocabulary (no pickles), memory-mapped on opening, and `index.json`.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from simlm.index.lexical import AUTO, Analyzer, check_language, detect_language, sample_rows
 from simlm.index.results import Results, best_of_candidates, no_results
-from simlm.rankings import Floats, Ints
+from simlm.index.vectors import Option, checked_mask
+from simlm.rankings import Floats, Ints, offsets_of
 
 ARRAYS = "bm25s"
 
@@ -24,7 +27,7 @@ class BM25Index:
     """Queries are strings. A passage that shares no term with the query is no result."""
 
     takes: ClassVar[Literal["text"]] = "text"
-    OPTIONS: ClassVar[dict[str, tuple[int, int]]] = {}
+    OPTIONS: ClassVar[dict[str, Option]] = {}
 
     def __init__(self, folder: Path, info: dict[str, Any]) -> None:
         import bm25s
@@ -41,18 +44,21 @@ class BM25Index:
     def __len__(self) -> int:
         return int(self.info["count"])
 
-    def search(self, queries: Sequence[str], depth: int) -> Results:
+    def search(self, queries: Sequence[str], depth: int, *, allowed: NDArray[np.bool_] | None = None) -> Results:
         """(scores float32 [Q, depth], passage rows int64 [Q, depth]), best first, ties by row; -inf and -1 where there are no more.
 
-        A term that the query repeats counts as often as it is there (as in Lucene).
+        A term that the query repeats counts as often as it is there (as in Lucene). allowed: bool [N], the passages that may be results;
+        none = all. They do not change the scores.
         """
+        if allowed is not None:
+            allowed = checked_mask(allowed, len(self))
         scores_QK, rows_QK = no_results(len(queries), depth)
         for position, query in enumerate(queries):
             terms = self._known(query)
             if not terms:
                 continue
             scores_N = self._bm25.get_scores_from_ids(terms)
-            candidates = np.flatnonzero(scores_N > 0)
+            candidates = np.flatnonzero(scores_N > 0 if allowed is None else (scores_N > 0) & allowed)
             rows, scores = best_of_candidates(candidates, scores_N[candidates], depth)
             rows_QK[position, : len(rows)] = rows
             scores_QK[position, : len(rows)] = scores
@@ -91,9 +97,49 @@ class BM25Index:
         vocabulary: dict[str, int] = {}
         # The numbers are shared objects of the vocabulary: eight bytes a term, not one object each.
         ids = [[vocabulary.setdefault(term, len(vocabulary)) for term in analyzer.terms(text)] for text in texts]
+        average = sum(map(len, ids)) / max(len(ids), 1)
         info: dict[str, Any] = {"count": len(ids), "dim": None, "language": language, "k1": k1, "b": b, "num_terms": len(vocabulary)}
+        info["average_terms"] = average
         if vocabulary:
             bm25 = bm25s.BM25(k1=k1, b=b, method="lucene", backend="numpy")
             bm25.index((ids, vocabulary), create_empty_token=False, show_progress=False)
             bm25.save(folder / ARRAYS, allow_pickle=False, show_progress=False)
         return info
+
+    @classmethod
+    def build_addition(cls, texts: Sequence[str], folder: Path, base: BM25Index, corpus: Sequence[str]) -> dict[str, Any]:
+        """Write the index of passages that are added to those of `base`; what `index.json` has to say about it.
+
+        Words weigh what they weigh in `base`, and a passage is long or short against its average, so that scores of the two can be
+        compared. corpus: the texts of `base`, read if it was written by a version that did not keep the average.
+        """
+        import bm25s
+
+        average = base.info.get("average_terms")
+        if average is None:
+            average = sum(len(base.analyzer.terms(text)) for text in corpus) / max(len(corpus), 1)
+        k1, b = float(base.info["k1"]), float(base.info["b"])
+        vocabulary: dict[str, int] = {}
+        postings: list[list[tuple[int, float]]] = []
+        for row, text in enumerate(texts):
+            counts = Counter(base.analyzer.terms(text))
+            longer = 1 - b + b * counts.total() / average if average else 1.0
+            for term, count in counts.items():
+                number = vocabulary.setdefault(term, len(vocabulary))
+                if number == len(postings):
+                    postings.append([])
+                postings[number].append((row, base.inverse_document_frequency(term) * count / (count + k1 * longer)))
+        info = {name: base.info[name] for name in ("dim", "language", "k1", "b")} | {"average_terms": average}
+        if vocabulary:
+            bm25 = bm25s.BM25(k1=k1, b=b, method="lucene", backend="numpy")
+            bm25.vocab_dict = vocabulary
+            bm25.unique_token_ids_set = set(vocabulary.values())
+            bm25.nonoccurrence_array = None
+            bm25.scores = {
+                "data": np.array([score for column in postings for _, score in column], dtype=np.float32),
+                "indices": np.array([row for column in postings for row, _ in column], dtype=np.int32),
+                "indptr": offsets_of([len(column) for column in postings]),
+                "num_docs": len(texts),
+            }
+            bm25.save(folder / ARRAYS, allow_pickle=False, show_progress=False)
+        return info | {"count": len(texts), "num_terms": len(vocabulary)}

@@ -1,26 +1,24 @@
-"""Approximate search with faiss: a graph (hnsw), clusters (ivf), or compressed vectors (pq). Saved by faiss, opened memory-mapped.
+"""Approximate search with faiss: a graph (hnsw), clusters (ivf), compressed vectors (pq), or one bit a number (rabitq).
 
-All rank by inner product. What they miss is the price of their speed or size: compare with a flat index.
+All rank by inner product. What they miss is the price of their speed or size: compare with a flat index. Saved by faiss; graphs and codes
+are opened memory-mapped.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from simlm.errors import RecipeError
-from simlm.index.results import NO_ROW, Results
-from simlm.index.vectors import checked_queries, filled_options, open_vectors, vector_facts
-from simlm.rankings import Floats
+from simlm.errors import ArtifactError, RecipeError
+from simlm.index.results import NO_ROW, Results, no_results
+from simlm.index.vectors import CUT, Option, SourceVectors, checked_mask, checked_queries, filled_options, ordered, padded, rescoring
+from simlm.rankings import Floats, Ints
 
 FILE = "index.faiss"
-BLOCK_PASSAGES = 65_536
-"""Added at once."""
 TRAINING_PASSAGES = 65_536
 """A seeded sample that clusters and codes are trained on (or 64 a cluster, if that is more)."""
 CODEBOOK = 256
@@ -33,87 +31,122 @@ class _FaissIndex:
     """Queries are float32 [Q, D] of unit length."""
 
     takes: ClassVar[Literal["vectors"]] = "vectors"
-    OPTIONS: ClassVar[dict[str, tuple[int, int]]] = {}
+    OPTIONS: ClassVar[dict[str, Option]] = {}
 
     def __init__(self, folder: Path, info: dict[str, Any]) -> None:
         faiss = _faiss()
         self.folder = folder
         self.info = info
         # Lists of clusters have a mapping of their own, everything else has the newer one.
-        self._flags = faiss.IO_FLAG_MMAP if info.get("num_lists") else faiss.IO_FLAG_MMAP_IFC
-        self._index = faiss.read_index(str(folder / FILE), self._flags)
+        flags = faiss.IO_FLAG_MMAP if info.get("num_lists") else faiss.IO_FLAG_MMAP_IFC
+        try:
+            self._index = faiss.read_index(str(folder / FILE), flags)
+        except RuntimeError as error:
+            raise ArtifactError(
+                f"{folder / FILE}: faiss {faiss.__version__} cannot read it ({str(error).splitlines()[0]}); run the build_index step again"
+            ) from None
+        expected = (len(self), int(info.get("cut", info["dim"])))
+        if (self._index.ntotal, self._index.d) != expected:
+            raise ArtifactError(
+                f"{folder / FILE}: {self._index.ntotal:,} vectors of dimension {self._index.d}; {expected[0]:,} of dimension {expected[1]} "
+                "were expected; run the build_index step again"
+            )
 
     def __len__(self) -> int:
         return int(self.info["count"])
 
-    def search(self, queries_QD: Floats, depth: int) -> Results:
-        """(scores float32 [Q, depth], passage rows int64 [Q, depth]), best first, ties by row; -inf and -1 past the end."""
-        queries_QD = checked_queries(queries_QD, int(self.info["dim"]))
-        scores_QK, rows_QK = self._index.search(queries_QD, depth, params=self._parameters(depth))
-        scores_QK = np.where(rows_QK == NO_ROW, -np.inf, scores_QK).astype(np.float32)
-        order = np.lexsort((rows_QK, -scores_QK), axis=-1)
-        return np.take_along_axis(scores_QK, order, axis=-1), np.take_along_axis(rows_QK, order, axis=-1)
+    def search(self, queries_QD: Floats, depth: int, *, allowed: NDArray[np.bool_] | None = None) -> Results:
+        """(scores float32 [Q, depth], passage rows int64 [Q, depth]), best first, ties by row; -inf and -1 past the end.
 
-    def _parameters(self, depth: int) -> Any:
-        """faiss's search parameters."""
+        allowed: bool [N], the passages that may be results; none = all. The fewer there are, the farther is looked for them.
+        """
+        queries_QD = checked_queries(queries_QD, int(self.info["dim"]), int(self.info.get("cut", 0)))
+        count = len(self)
+        if allowed is not None:
+            allowed = checked_mask(allowed, len(self))
+            count = int(np.count_nonzero(allowed))
+        # No more than there is: memory and time of the library grow with what is asked for.
+        fetched = min(depth, count)
+        if fetched == 0:
+            return no_results(len(queries_QD), depth)
+        scores_QK, rows_QK = self._search(queries_QD, fetched, allowed)
+        scores_QK = np.where(rows_QK == NO_ROW, -np.inf, scores_QK).astype(np.float32)
+        return padded(*ordered(scores_QK, rows_QK), depth)
+
+    def _search(self, queries_QD: Floats, depth: int, allowed: NDArray[np.bool_] | None) -> tuple[Floats, Ints]:
+        """faiss's scores and rows, [Q, depth]. allowed: None, or bool [N] with at least `depth` of them."""
+        given: dict[str, Any] = {}
+        if allowed is not None:
+            given["sel"] = _faiss().IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
+        share = 1.0 if allowed is None else float(allowed.mean())
+        scores_QK, rows_QK = self._index.search(queries_QD, depth, params=self._parameters(depth, share, given))
+        return scores_QK, rows_QK
+
+    def _parameters(self, depth: int, share: float, given: dict[str, Any]) -> Any:
+        """faiss's search parameters, None for its own. share: of the passages that are allowed, above 0; given: those known so far."""
         raise NotImplementedError
+
+    def _probes(self, share: float) -> int:
+        """Clusters that are searched: more where only a share of the passages is allowed."""
+        return min(math.ceil(int(self.info["num_probes"]) / share), int(self.info["num_lists"]))
 
 
 class HNSWIndex(_FaissIndex):
     """A graph of neighbours: fastest, and larger than the vectors. ef_search is raised to the depth that is asked for."""
 
-    OPTIONS: ClassVar[dict[str, tuple[int, int]]] = {"hnsw_neighbours": (32, 2), "ef_construction": (200, 1), "ef_search": (128, 1)}
+    OPTIONS: ClassVar[dict[str, Option]] = (
+        {"hnsw_neighbours": (32, 2), "ef_construction": (200, 1), "ef_search": (128, 1)} | CUT | rescoring()
+    )
 
     @classmethod
     def build(cls, vectors: Path, folder: Path, *, options: dict[str, Any], seed: int) -> dict[str, Any]:
         """Write the graph into `folder`; seed is not used, faiss has its own fixed one."""
         faiss = _faiss()
         chosen = filled_options("hnsw", options, cls.OPTIONS)
-        vectors_ND = open_vectors(vectors)
-        index = faiss.IndexHNSWFlat(vectors_ND.shape[1], chosen["hnsw_neighbours"], faiss.METRIC_INNER_PRODUCT)
+        source = SourceVectors(vectors, chosen["dim"])
+        index = faiss.IndexHNSWFlat(source.dim, chosen["hnsw_neighbours"], faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction = chosen["ef_construction"]
         threads = faiss.omp_get_max_threads()
         try:
-            faiss.omp_set_num_threads(1 if len(vectors_ND) <= ONE_THREAD_PASSAGES else threads)
-            _add(index, vectors_ND)
+            faiss.omp_set_num_threads(1 if len(source) <= ONE_THREAD_PASSAGES else threads)
+            _add(index, source)
         finally:
             faiss.omp_set_num_threads(threads)
         faiss.write_index(index, str(folder / FILE))
-        return vector_facts(vectors_ND) | chosen
+        return source.facts() | {name: chosen[name] for name in ("hnsw_neighbours", "ef_construction", "ef_search")}
 
-    def _parameters(self, depth: int) -> Any:
-        faiss = _faiss()
-        return faiss.SearchParametersHNSW(efSearch=max(int(self.info["ef_search"]), depth))
+    def _parameters(self, depth: int, share: float, given: dict[str, Any]) -> Any:
+        wanted = math.ceil(max(int(self.info["ef_search"]), depth) / share)
+        return _faiss().SearchParametersHNSW(efSearch=min(wanted, max(len(self), depth)), **given)
 
 
 class IVFIndex(_FaissIndex):
     """Clusters of uncompressed vectors, of which the nearest `num_probes` are searched."""
 
-    OPTIONS: ClassVar[dict[str, tuple[int, int]]] = {"num_lists": (0, 0), "num_probes": (0, 0)}
+    OPTIONS: ClassVar[dict[str, Option]] = {"num_lists": (0, 0), "num_probes": (0, 0)} | CUT | rescoring()
     """0 = from the size of the corpus, see `_clusters`."""
 
     @classmethod
     def build(cls, vectors: Path, folder: Path, *, options: dict[str, Any], seed: int) -> dict[str, Any]:
         """Write the lists into `folder`; seed: of the training sample and of the clustering."""
         faiss = _faiss()
-        vectors_ND = open_vectors(vectors)
-        clusters = _clusters(filled_options("ivf", options, cls.OPTIONS), len(vectors_ND))
-        dim = vectors_ND.shape[1]
-        index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, clusters["num_lists"], faiss.METRIC_INNER_PRODUCT)
-        _train(index, vectors_ND, clusters["num_lists"], seed)
-        _add(index, vectors_ND)
+        chosen = filled_options("ivf", options, cls.OPTIONS)
+        source = SourceVectors(vectors, chosen["dim"])
+        clusters = _clusters(chosen, len(source))
+        index = faiss.IndexIVFFlat(faiss.IndexFlatIP(source.dim), source.dim, clusters["num_lists"], faiss.METRIC_INNER_PRODUCT)
+        _train(index, source, clusters["num_lists"], seed)
+        _add(index, source)
         faiss.write_index(index, str(folder / FILE))
-        return vector_facts(vectors_ND) | clusters
+        return source.facts() | clusters
 
-    def _parameters(self, depth: int) -> Any:
-        faiss = _faiss()
-        return faiss.SearchParametersIVF(nprobe=int(self.info["num_probes"]))
+    def _parameters(self, depth: int, share: float, given: dict[str, Any]) -> Any:
+        return _faiss().SearchParametersIVF(nprobe=self._probes(share), **given)
 
 
 class PQIndex(_FaissIndex):
     """Product-quantised vectors of `code_bytes` bytes each, all compared; with `num_lists` only those of the nearest clusters."""
 
-    OPTIONS: ClassVar[dict[str, tuple[int, int]]] = {"code_bytes": (0, 0), "num_lists": (0, 0), "num_probes": (0, 0)}
+    OPTIONS: ClassVar[dict[str, Option]] = {"code_bytes": (0, 0), "num_lists": (0, 0), "num_probes": (0, 0)} | CUT | rescoring()
     """code_bytes 0 = an eighth of the dimension (or the next divisor below), num_lists 0 = no clusters."""
 
     @classmethod
@@ -121,28 +154,81 @@ class PQIndex(_FaissIndex):
         """Write the codes into `folder`; seed: of the training sample and of the clustering."""
         faiss = _faiss()
         chosen = filled_options("pq", options, cls.OPTIONS)
-        vectors_ND = open_vectors(vectors)
-        dim = vectors_ND.shape[1]
-        code_bytes = _code_bytes(chosen["code_bytes"], dim)
-        if chosen["num_lists"]:
-            clusters = _clusters({name: chosen[name] for name in ("num_lists", "num_probes")}, len(vectors_ND))
-            quantizer = faiss.IndexFlatIP(dim)
-            index = faiss.IndexIVFPQ(quantizer, dim, clusters["num_lists"], code_bytes, 8, faiss.METRIC_INNER_PRODUCT)
+        source = SourceVectors(vectors, chosen["dim"])
+        code_bytes = _code_bytes(chosen["code_bytes"], source.dim)
+        clusters = _wanted_clusters("pq", chosen, len(source))
+        if clusters:
+            quantizer = faiss.IndexFlatIP(source.dim)
+            index = faiss.IndexIVFPQ(quantizer, source.dim, clusters["num_lists"], code_bytes, 8, faiss.METRIC_INNER_PRODUCT)
         else:
-            if chosen["num_probes"]:
-                raise RecipeError(
-                    "index.options.num_probes: has no effect on a pq index without clusters; set num_lists as well, or leave it out"
-                )
-            clusters = {}
-            index = faiss.IndexPQ(dim, code_bytes, 8, faiss.METRIC_INNER_PRODUCT)
-        _train(index, vectors_ND, max(clusters.get("num_lists", 1), CODEBOOK), seed)
-        _add(index, vectors_ND)
+            index = faiss.IndexPQ(source.dim, code_bytes, 8, faiss.METRIC_INNER_PRODUCT)
+        _train(index, source, max(clusters.get("num_lists", 1), CODEBOOK), seed)
+        _add(index, source)
         faiss.write_index(index, str(folder / FILE))
-        return vector_facts(vectors_ND) | clusters | {"code_bytes": code_bytes}
+        return source.facts() | clusters | {"code_bytes": code_bytes}
 
-    def _parameters(self, depth: int) -> Any:
+    def _parameters(self, depth: int, share: float, given: dict[str, Any]) -> Any:
+        return _faiss().SearchParametersIVF(nprobe=self._probes(share), **given) if self.info.get("num_lists") else None
+
+    def _search(self, queries_QD: Floats, depth: int, allowed: NDArray[np.bool_] | None) -> tuple[Floats, Ints]:
+        if allowed is None or self.info.get("num_lists"):
+            return super()._search(queries_QD, depth, allowed)
+        # faiss's plain index of codes takes no selector: ask for more until enough of it is allowed.
+        fetched = math.ceil(depth / float(allowed.mean()))
+        while True:
+            fetched = min(2 * fetched, len(self))
+            scores_QC, rows_QC = super()._search(queries_QD, fetched, None)
+            found_QC = (rows_QC != NO_ROW) & allowed[rows_QC]
+            if fetched == len(self) or (found_QC.sum(axis=1) >= depth).all():
+                scores_QC, rows_QC = ordered(np.where(found_QC, scores_QC, -np.inf), np.where(found_QC, rows_QC, NO_ROW))
+                return scores_QC[:, :depth], rows_QC[:, :depth]
+
+
+class RaBitQIndex(_FaissIndex):
+    """RaBitQ codes (arXiv 2405.12497): one bit a number and two factors a vector, so 1/27 of fp32 at 384 numbers; more bits on request.
+
+    All codes are compared; with `num_lists` only those of the nearest clusters. The scores are estimates: leave `rescore` on. faiss's codes
+    are of vectors as they come, without the random rotation of the paper: a trained encoder's numbers are alike enough.
+    """
+
+    OPTIONS: ClassVar[dict[str, Option]] = (
+        {"bits": (1, 1), "query_bits": (8, 0), "num_lists": (0, 0), "num_probes": (0, 0)} | CUT | rescoring(4)
+    )
+    """bits: of each number, up to 9; query_bits: of each number of a query, up to 8, 0 = as it is (slow); num_lists 0 = no clusters."""
+
+    @classmethod
+    def build(cls, vectors: Path, folder: Path, *, options: dict[str, Any], seed: int) -> dict[str, Any]:
+        """Write the codes into `folder`; seed: of the training sample and of the clustering."""
         faiss = _faiss()
-        return faiss.SearchParametersIVF(nprobe=int(self.info["num_probes"])) if self.info.get("num_lists") else None
+        chosen = filled_options("rabitq", options, cls.OPTIONS)
+        for name, most in (("bits", 9), ("query_bits", 8)):
+            if chosen[name] > most:
+                raise RecipeError(f"index.options.{name}: found {chosen[name]}; {most} at most")
+        source = SourceVectors(vectors, chosen["dim"])
+        clusters = _wanted_clusters("rabitq", chosen, len(source))
+        if clusters:
+            quantizer = faiss.IndexFlatIP(source.dim)
+            # The fifth: it has lists of its own.
+            index = faiss.IndexIVFRaBitQ(quantizer, source.dim, clusters["num_lists"], faiss.METRIC_INNER_PRODUCT, True, chosen["bits"])
+        else:
+            index = faiss.IndexRaBitQ(source.dim, faiss.METRIC_INNER_PRODUCT, chosen["bits"])
+        _train(index, source, clusters.get("num_lists", 1), seed)
+        _add(index, source)
+        faiss.write_index(index, str(folder / FILE))
+        return source.facts() | clusters | {name: chosen[name] for name in ("bits", "query_bits")}
+
+    def _parameters(self, depth: int, share: float, given: dict[str, Any]) -> Any:
+        faiss = _faiss()
+        # Set one by one: these have no keywords.
+        if self.info.get("num_lists"):
+            parameters = faiss.IVFRaBitQSearchParameters()
+            parameters.nprobe = self._probes(share)
+        else:
+            parameters = faiss.RaBitQSearchParameters()
+        parameters.qb = int(self.info["query_bits"])
+        if "sel" in given:
+            parameters.sel = given["sel"]
+        return parameters
 
 
 def _faiss() -> Any:
@@ -152,7 +238,7 @@ def _faiss() -> Any:
     return faiss
 
 
-def _clusters(options: dict[str, int], count: int) -> dict[str, int]:
+def _clusters(options: dict[str, Any], count: int) -> dict[str, int]:
     """num_lists: 4 x the root of the corpus (faiss's guidelines), 39 passages or more each; num_probes: an eighth of them, at least 8."""
     num_lists = options["num_lists"] or max(min(int(4 * math.sqrt(count)), count // 39), 1)
     if num_lists > count:
@@ -161,6 +247,17 @@ def _clusters(options: dict[str, int], count: int) -> dict[str, int]:
     if num_probes > num_lists:
         raise RecipeError(f"index.options.num_probes: {num_probes:,} of {num_lists:,} lists; at most all of them")
     return {"num_lists": num_lists, "num_probes": num_probes}
+
+
+def _wanted_clusters(name: str, options: dict[str, Any], count: int) -> dict[str, int]:
+    """As `_clusters`, empty where no number of lists is given."""
+    if options["num_lists"]:
+        return _clusters(options, count)
+    if options["num_probes"]:
+        raise RecipeError(
+            f"index.options.num_probes: has no effect on a {name} index without clusters; set num_lists as well, or leave it out"
+        )
+    return {}
 
 
 def _code_bytes(wanted: int, dim: int) -> int:
@@ -174,24 +271,17 @@ def _code_bytes(wanted: int, dim: int) -> int:
     return wanted
 
 
-def _train(index: Any, vectors_ND: NDArray[np.floating[Any]], num_centroids: int, seed: int) -> None:
+def _train(index: Any, source: SourceVectors, num_centroids: int, seed: int) -> None:
     """Train on a seeded sample; a corpus smaller than the number of centroids is repeated, since faiss wants as many points."""
-    size = min(max(TRAINING_PASSAGES, 64 * num_centroids), len(vectors_ND))
-    rows = np.sort(np.random.default_rng([seed, 20]).choice(len(vectors_ND), size, replace=False))
-    sample = np.asarray(vectors_ND[rows], dtype=np.float32)
+    sample = source.sample(max(TRAINING_PASSAGES, 64 * num_centroids), np.random.default_rng([seed, 20]))
     sample = np.tile(sample, (-(-num_centroids // len(sample)), 1)) if len(sample) < num_centroids else sample
     for part in (index, getattr(index, "pq", None)):
         if part is not None and hasattr(part, "cp"):
             part.cp.seed = seed % (1 << 31)
             part.cp.min_points_per_centroid = 1
-    index.train(np.ascontiguousarray(sample))
+    index.train(sample)
 
 
-def _add(index: Any, vectors_ND: NDArray[np.floating[Any]]) -> None:
-    for block_PD in _blocks(vectors_ND):
+def _add(index: Any, source: SourceVectors) -> None:
+    for block_PD in source.blocks():
         index.add(block_PD)
-
-
-def _blocks(vectors_ND: NDArray[np.floating[Any]]) -> Iterator[Floats]:
-    for start in range(0, len(vectors_ND), BLOCK_PASSAGES):
-        yield np.ascontiguousarray(vectors_ND[start : start + BLOCK_PASSAGES], dtype=np.float32)

@@ -9,25 +9,26 @@ Shapes: Q queries, P passages of a block, K depth, D embedding dim, N corpus row
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from simlm.index.results import NO_ROW, Results
-from simlm.index.vectors import checked_queries, filled_options, open_vectors, vector_facts
+from simlm.index.stored import DTYPES, StoredVectors, store_vectors
+from simlm.index.vectors import CUT, Option, SourceVectors, checked_mask, checked_queries, filled_options, rescoring
 from simlm.rankings import Floats
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-VECTORS = "vectors.npy"
 MEMORY_BYTES = 256 * 2**20
 """What one search may take besides its queries and results: a block in fp32, scores of a tile, and candidates."""
 TILE = 1024
 """Queries, and passages, of one matrix product."""
+LANES = 32
+"""A tile has a multiple of so many passages: libraries round the last few differently, and equal passages must have equal scores."""
 QUERIES_AT_ONCE = 4 * TILE
 """For which the vectors are read once."""
 BYTES_PER_CANDIDATE = 64
@@ -38,32 +39,38 @@ NOTHING = -(2**63)
 
 
 class FlatIndex:
-    """Queries are float32 [Q, D] of unit length. Vectors are stored as float32 or float16; scores are computed in float32."""
+    """Queries are float32 [Q, D] of unit length. Vectors are stored as float32, float16 or int8; scores are computed in float32."""
 
     takes: ClassVar[Literal["vectors"]] = "vectors"
-    OPTIONS: ClassVar[dict[str, tuple[int, int]]] = {}
+    OPTIONS: ClassVar[dict[str, Option]] = CUT | {"dtype": ("as_encoded", ("as_encoded", *DTYPES))} | rescoring()
 
     def __init__(self, folder: Path, info: dict[str, Any]) -> None:
         self.folder = folder
         self.info = info
-        self.vectors_ND = open_vectors(folder / VECTORS)
+        self._cut = int(info.get("cut", info["dim"]))
+        self.vectors = StoredVectors(folder, info.get("count"), self._cut)
 
     def __len__(self) -> int:
-        return len(self.vectors_ND)
+        return len(self.vectors)
 
-    def search(self, queries_QD: Floats, depth: int, *, memory_bytes: int = MEMORY_BYTES) -> Results:
+    def search(
+        self, queries_QD: Floats, depth: int, *, allowed: NDArray[np.bool_] | None = None, memory_bytes: int = MEMORY_BYTES
+    ) -> Results:
         """(scores float32 [Q, K], passage rows int64 [Q, K]), best first; equal scores: smaller row first; -inf and -1 past the corpus.
 
-        memory_bytes: see MEMORY_BYTES; at least a tile is taken, and the results do not depend on it.
+        allowed: bool [N], the passages that may be results; none = all. memory_bytes: see MEMORY_BYTES; at least a tile is taken, and
+        the results do not depend on it.
         """
-        queries_QD = checked_queries(queries_QD, int(self.info["dim"]))
+        queries_QD = checked_queries(queries_QD, int(self.info["dim"]), self._cut)
+        if allowed is not None:
+            allowed = checked_mask(allowed, len(self))
         parts = [
-            self._search(queries_QD[start : start + QUERIES_AT_ONCE], depth, memory_bytes)
+            self._search(queries_QD[start : start + QUERIES_AT_ONCE], depth, allowed, memory_bytes)
             for start in range(0, max(len(queries_QD), 1), QUERIES_AT_ONCE)
         ]
         return np.concatenate([scores for scores, _ in parts]), np.concatenate([rows for _, rows in parts])
 
-    def _search(self, queries_QD: Floats, depth: int, memory_bytes: int) -> Results:
+    def _search(self, queries_QD: Floats, depth: int, allowed: NDArray[np.bool_] | None, memory_bytes: int) -> Results:
         import torch
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -74,25 +81,22 @@ class FlatIndex:
         while start < len(self):
             # A block as long as what has been seen brings about `depth` new candidates a query, if the corpus is in no particular order.
             size = min(max(start, TILE), largest, len(self) - start)
-            block_PD = torch.from_numpy(np.array(self.vectors_ND[start : start + size], dtype=np.float32)).to(device)
+            block_PD = torch.from_numpy(self.vectors.block(start, start + size)).to(device)
+            allowed_P = None if allowed is None else torch.from_numpy(np.ascontiguousarray(allowed[start : start + size])).to(device)
             for first in range(0, len(queries), TILE):
                 part = slice(first, first + TILE)
-                best_QK[part] = _merge(best_QK[part], queries[part], block_PD, start)
+                best_QK[part] = _merge(best_QK[part], queries[part], block_PD, allowed_P, start)
             start += size
         return _unpacked(best_QK.sort(dim=1, descending=True).values if device.type == "cuda" else _sorted(best_QK))
 
     @classmethod
     def build(cls, vectors: Path, folder: Path, *, options: dict[str, Any], seed: int) -> dict[str, Any]:
-        """Link the vectors into `folder` (copy them where the file system cannot link); seed is not used, nothing is random."""
-        filled_options("flat", options, cls.OPTIONS)
-        vectors_ND = open_vectors(vectors)
-        place = folder / VECTORS
-        place.unlink(missing_ok=True)
-        try:
-            os.link(vectors, place)
-        except OSError:
-            shutil.copyfile(vectors, place)
-        return vector_facts(vectors_ND) | {"dtype": str(vectors_ND.dtype)}
+        """Write the vectors into `folder` (linked where they stay as they are); seed is not used, nothing is random."""
+        chosen = filled_options("flat", options, cls.OPTIONS)
+        source = SourceVectors(vectors, chosen["dim"])
+        dtype = str(source.stored_ND.dtype) if chosen["dtype"] == "as_encoded" else chosen["dtype"]
+        store_vectors(source, folder, dtype)
+        return source.facts() | {"dtype": dtype}
 
 
 def _block_passages(num_queries: int, depth: int, dim: int, memory_bytes: int) -> int:
@@ -141,16 +145,16 @@ def _greatest(keys_QC: Tensor, depth: int) -> Tensor:
     return torch.from_numpy(np.partition(keys_QC.numpy(), count - depth, axis=1)[:, count - depth :])
 
 
-def _merge(best_QK: Tensor, queries_QD: Tensor, block_PD: Tensor, start: int) -> Tensor:
+def _merge(best_QK: Tensor, queries_QD: Tensor, block_PD: Tensor, allowed_P: Tensor | None, start: int) -> Tensor:
     """The K greatest keys of those so far and of a block that begins at row `start`, the least first."""
     import torch
 
     depth = best_QK.shape[1]
     if start == 0:
-        keys_QC = torch.cat([best_QK, *_all_keys(queries_QD, block_PD)], dim=1)
+        keys_QC = torch.cat([best_QK, *_all_keys(queries_QD, block_PD, allowed_P)], dim=1)
         return _greatest(keys_QC, depth)
     least_Q1 = torch.from_numpy(_unpacked(best_QK[:, :1])[0]).to(best_QK.device)
-    tiles = _candidates(queries_QD, block_PD, least_Q1, start)
+    tiles = _candidates(queries_QD, block_PD, allowed_P, least_Q1, start)
     counts = [torch.bincount(query_C, minlength=len(best_QK)) for query_C, _ in tiles]
     width = int(torch.stack(counts).sum(dim=0).max()) if len(best_QK) else 0
     if width == 0:
@@ -165,18 +169,31 @@ def _merge(best_QK: Tensor, queries_QD: Tensor, block_PD: Tensor, start: int) ->
     return _greatest(torch.cat([best_QK, new_QW], dim=1), depth)
 
 
-def _all_keys(queries_QD: Tensor, block_PD: Tensor) -> list[Tensor]:
+def _scores(queries_QD: Tensor, block_PD: Tensor, allowed_P: Tensor | None, begin: int) -> Tensor:
+    """Scores [Q, P] of the tile that begins at place `begin` of a block; -inf for what is not allowed."""
+    from torch.nn.functional import pad
+
+    tile_PD = block_PD[begin : begin + TILE]
+    count, missing = len(tile_PD), -len(tile_PD) % LANES
+    tile_PD = pad(tile_PD, (0, 0, 0, missing)) if missing else tile_PD
+    scores_QP = (queries_QD @ tile_PD.T)[:, :count].contiguous()
+    return scores_QP if allowed_P is None else scores_QP.masked_fill_(~allowed_P[begin : begin + TILE], -float("inf"))
+
+
+def _all_keys(queries_QD: Tensor, block_PD: Tensor, allowed_P: Tensor | None) -> list[Tensor]:
     import torch
 
     keys = []
     for begin in range(0, len(block_PD), TILE):
-        scores_QP = queries_QD @ block_PD[begin : begin + TILE].T
+        scores_QP = _scores(queries_QD, block_PD, allowed_P, begin)
         rows_P = torch.arange(begin, begin + scores_QP.shape[1], device=scores_QP.device)
         keys.append(torch.where(scores_QP > -torch.inf, _packed(scores_QP, rows_P), NOTHING))
     return keys
 
 
-def _candidates(queries_QD: Tensor, block_PD: Tensor, least_Q1: Tensor, start: int) -> list[tuple[Tensor, Tensor]]:
+def _candidates(
+    queries_QD: Tensor, block_PD: Tensor, allowed_P: Tensor | None, least_Q1: Tensor, start: int
+) -> list[tuple[Tensor, Tensor]]:
     """Query and key of every passage of a block that scores above `least`, tile by tile, in the order of queries within a tile.
 
     Equal to the K-th best so far is not better: rows only grow.
@@ -185,15 +202,14 @@ def _candidates(queries_QD: Tensor, block_PD: Tensor, least_Q1: Tensor, start: i
 
     tiles = []
     for begin in range(0, len(block_PD), TILE):
-        tile_PD = block_PD[begin : begin + TILE]
-        scores_QP = queries_QD @ tile_PD.T
+        scores_QP = _scores(queries_QD, block_PD, allowed_P, begin)
         above_QP = scores_QP > least_Q1
         if above_QP.device.type == "cpu":
             # numpy's is four times as fast as torch's where few are True.
             flat_C = torch.from_numpy(np.flatnonzero(above_QP.numpy()))
         else:
             flat_C = above_QP.view(-1).nonzero().squeeze(1)
-        query_C = flat_C // len(tile_PD)
-        row_C = flat_C - query_C * len(tile_PD) + (start + begin)
+        query_C = flat_C // scores_QP.shape[1]
+        row_C = flat_C - query_C * scores_QP.shape[1] + (start + begin)
         tiles.append((query_C, _packed(scores_QP.view(-1)[flat_C], row_C)))
     return tiles

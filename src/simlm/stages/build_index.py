@@ -11,7 +11,7 @@ import numpy as np
 from simlm.artifacts import open_artifact, write_json
 from simlm.data.store import Store, Table, passages_fingerprint
 from simlm.errors import ArtifactError
-from simlm.index import INFO, check_options, index_class
+from simlm.index import INFO, build_vectors, check_options, index_class
 from simlm.recipe import IndexSettings
 from simlm.stages import Context
 
@@ -22,16 +22,17 @@ def run(settings: IndexSettings, inputs: dict[str, Path], context: Context) -> N
     """Inputs: store, embeddings (not for BM25). Facts: bytes_total, bytes_per_passage, num_passages, index_type, and the index's own."""
     store = Store.open(inputs["store"])
     count = len(store.passages)
-    kind = index_class(settings.type)
     check_options(settings.type, settings.options)
     if settings.type == "bm25":
-        info = kind.build(PassageTexts(store.passages), context.work, k1=settings.k1, b=settings.b, language=settings.language)
+        info = index_class("bm25").build(
+            PassageTexts(store.passages), context.work, k1=settings.k1, b=settings.b, language=settings.language
+        )
     else:
         vectors = open_artifact(inputs["embeddings"], "embeddings").file(VECTORS)
         embedded = len(np.load(vectors, mmap_mode="r", allow_pickle=False))
         if embedded != count:
             raise ArtifactError(f"{vectors}: {embedded:,} vectors for a corpus of {count:,} passages; run the encode step again")
-        info = kind.build(vectors, context.work, options=settings.options, seed=context.seed)
+        info = build_vectors(settings.type, vectors, context.work, options=settings.options, seed=context.seed)
     write_json(context.work / INFO, info | {"type": settings.type, "store_fingerprint": passages_fingerprint(inputs["store"])})
     bytes_total = sum(file.stat().st_size for file in index_files(context))
     facts: dict[str, Any] = {"index_type": settings.type, "num_passages": count, "bytes_total": bytes_total}

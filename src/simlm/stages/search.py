@@ -18,6 +18,7 @@ from simlm.artifacts import open_artifact, read_manifest
 from simlm.data.store import Store, Table, passages_fingerprint
 from simlm.errors import ArtifactError
 from simlm.index import Index, Results, open_index
+from simlm.index.flat import FlatIndex
 from simlm.rankings import Floats, Ints, Run, offsets_of
 from simlm.recipe import SearchSettings
 from simlm.runtime import Ranks
@@ -213,5 +214,5 @@ def _dense_searcher(settings: SearchSettings, inputs: dict[str, Path], index: In
             "give the model that encoded the passages"
         )
     prompt = Prompt.of(store.tokenizer(), retriever.query_prompt, max_tokens, key="query_prompt")
-    options = {"memory_bytes": settings.memory_budget * 2**20} if index.info["type"] == "flat" else {}
+    options = {"memory_bytes": settings.memory_budget * 2**20} if isinstance(index, FlatIndex) else {}
     return _DenseSearcher(index, depth, retriever, prompt, options)
