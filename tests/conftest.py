@@ -227,7 +227,7 @@ def build_store(
         writer = StoreWriter(
             builder.work, tokenizer, max_passage_tokens=max_passage_tokens, max_query_tokens=max_query_tokens, num_workers=1
         )
-        writer.write_passages(Row(line["_id"], line["text"], line.get("title", "")) for line in passages)
+        writer.write_passages(Row(line["_id"], line["text"], line.get("title", ""), metadata=line.get("metadata", {})) for line in passages)
         passage_row = {line["_id"]: row for row, line in enumerate(passages)}
         for split, judgements in qrels.items():
             names = {query for query, _, _ in judgements}
@@ -284,3 +284,11 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data: {folder} is not there; set SIMLM_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def served_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run to serve, with every mode and a report; read only, shared by all tests."""
+    from tests.toy.served import make_served_run
+
+    return make_served_run(tmp_path_factory.mktemp("served") / "tiny")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,10 +12,18 @@ from simlm.errors import ArtifactError, SimlmError, nearest
 from simlm.types import ScoredPassage
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from simlm.data.store import Store
     from simlm.models.precision import Precision
 
+    Allowed = NDArray[np.bool_]
+
 Mode = Literal["dense", "bm25", "hybrid"]
+ListName = Literal["bm25", "dense", "hybrid", "rerank"]
+"""A ranked list that a query can have: of a first stage, of the two fused, or of the re-ranker over the searcher's first stage."""
+LIST_NAMES: tuple[ListName, ...] = ("bm25", "dense", "hybrid", "rerank")
 RETRIEVERS = {
     "distilled": "distilled",
     "retriever2": "retriever2",
@@ -23,10 +33,37 @@ RETRIEVERS = {
 }
 """Name -> model folder in the run ("" = the starting model as it is); best first: the order in which they are looked for. Later rounds of
 retriever 2 (retriever2_round2 ...) come before it, the last first."""
+CHOSEN = "_chosen_index"
+"""Ending of the folder of an index that was chosen for a budget."""
 CANDIDATES = 200
 """Passages fetched from each part before fusing (the paper's depth)."""
 RERANKED = 50
 """Passages re-ranked at least; more where more are shown."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One query and what is wanted of it.
+
+    depth: passages shown. lists: those wanted; what they are made from comes with them.
+    allowed: bool [N], the passage rows that may be found; none = all.
+    """
+
+    query: str
+    depth: int
+    lists: tuple[ListName, ...]
+    allowed: Allowed | None = None
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Passage rows, best first, with their scores; not cut at the depth that is shown."""
+
+    rows: list[int]
+    scores: list[float]
+
+
+Rankings = dict[ListName, Ranking]
 
 
 def open_run(folder: str | Path, *, retriever: str | None = None, mode: Mode = "dense", rerank: bool = False) -> Searcher:
@@ -42,6 +79,7 @@ class Searcher:
     """Models and indexes of a run, loaded once."""
 
     def __init__(self, folder: Path, *, retriever: str | None, mode: Mode, rerank: bool) -> None:
+        from simlm.additions import Additions
         from simlm.data.store import Store
 
         if not (folder / "store").is_dir():
@@ -51,8 +89,12 @@ class Searcher:
         self.folder = folder
         self.mode = mode
         self.store: Store = Store.open(folder / "store")
+        self.additions = Additions.open(folder)
+        self.additions.extend_store(self.store)
+        self.retriever = ""
+        """Name of the retriever that was opened; empty where the mode needs none."""
         self.dense: tuple[Any, Any] | None = self._open_dense(retriever) if mode != "bm25" else None
-        self.bm25: Any = self._open_index("bm25") if mode != "dense" else None
+        self.bm25: Any = self.additions.extend_index("bm25", self._open_index("bm25")) if mode != "dense" else None
         self.dense_weight, self.constant, self.method = self._fusion()
         self.reranker: Any = self._open_reranker() if rerank else None
 
@@ -60,47 +102,103 @@ class Searcher:
         """The best `depth` passages, best first. Scores: cosine, BM25, the two fused, or the re-ranker's logits."""
         if depth < 1:
             raise SimlmError(f"depth {depth}: at least 1 was expected")
-        fetched = max(depth, CANDIDATES if self.mode == "hybrid" else 0, RERANKED if self.reranker else 0)
-        fetched = min(fetched, len(self.store.passages))
-        rows, scores = self._first_stage(query, fetched)
-        if self.reranker is not None and len(rows):
-            rows, scores = self._rerank(query, rows[: max(depth, RERANKED)])
+        wanted: ListName = "rerank" if self.reranker is not None else self.mode
+        ranking = self.ask([Question(query, depth, (wanted,))])[0][wanted]
         table = self.store.passages
         return [
-            ScoredPassage(table.ids[row], float(score), rank, table.title(row), table.text(row))
-            for rank, (row, score) in enumerate(zip(rows[:depth], scores[:depth], strict=True), start=1)
+            ScoredPassage(table.ids[row], score, rank, table.title(row), table.text(row))
+            for rank, (row, score) in enumerate(zip(ranking.rows[:depth], ranking.scores[:depth], strict=True), start=1)
         ]
 
-    def _first_stage(self, query: str, depth: int) -> tuple[list[int], list[float]]:
+    @property
+    def lists(self) -> tuple[ListName, ...]:
+        """The lists that a question may ask for."""
+        there = {
+            "bm25": self.bm25 is not None,
+            "dense": self.dense is not None,
+            "hybrid": self.mode == "hybrid",
+            "rerank": self.reranker is not None,
+        }
+        return tuple(name for name in LIST_NAMES if there[name])
+
+    def ask(self, questions: Sequence[Question]) -> list[Rankings]:
+        """The lists of each question, and those that they are made from.
+
+        Queries are encoded together, and those that want the same of an index go through it together. A list is the same whatever else
+        is asked at the same time, but for the last bits of vectors. SimlmError for a list that this searcher does not have.
+        """
+        wanted = [self._with_sources(question.lists) for question in questions]
+        answers: list[Rankings] = [{} for _ in questions]
+        depths = [self._fetched(question, lists) for question, lists in zip(questions, wanted, strict=True)]
+        self._search_dense(questions, wanted, depths, answers)
+        self._search_bm25(questions, wanted, depths, answers)
+        for question, lists, depth, answer in zip(questions, wanted, depths, answers, strict=True):
+            if "hybrid" in lists:
+                answer["hybrid"] = self._fused(answer, depth)
+            if "rerank" in lists:
+                answer["rerank"] = self._reranked(question, answer[self.mode])
+        return answers
+
+    def _with_sources(self, lists: tuple[ListName, ...]) -> set[ListName]:
+        """The lists and those that they are made from."""
+        known = self.lists
+        for name in lists:
+            if name not in known:
+                raise SimlmError(f"{self.folder}: {name!r} was asked for; this searcher has {', '.join(known)}")
+        needed = set(lists)
+        if "rerank" in needed:
+            needed.add(self.mode)
+        if "hybrid" in needed:
+            needed |= {"bm25", "dense"}
+        return needed
+
+    def _fetched(self, question: Question, lists: set[ListName]) -> int:
+        """Passages taken from each part: enough to show, to fuse and to re-rank."""
+        fetched = max(question.depth, CANDIDATES if "hybrid" in lists else 0, RERANKED if "rerank" in lists else 0)
+        return min(fetched, len(self.store.passages))
+
+    def _search_dense(self, questions: Sequence[Question], wanted: list[set[ListName]], depths: list[int], answers: list[Rankings]) -> None:
+        places = [place for place, lists in enumerate(wanted) if "dense" in lists]
+        if not places or self.dense is None:
+            return
+        retriever, index = self.dense
+        vectors_QD = retriever.encode_queries([questions[place].query for place in places])
+        # An approximate index may find other passages at another depth: only equal depths are searched together.
+        alike: dict[tuple[int, int], list[int]] = {}
+        for position, place in enumerate(places):
+            alike.setdefault((id(questions[place].allowed), depths[place]), []).append(position)
+        for (_, depth), positions in alike.items():
+            found = _search(index, vectors_QD[positions], depth, questions[places[positions[0]]].allowed)
+            for position, ranking in zip(positions, found, strict=True):
+                answers[places[position]]["dense"] = ranking
+
+    def _search_bm25(self, questions: Sequence[Question], wanted: list[set[ListName]], depths: list[int], answers: list[Rankings]) -> None:
+        for question, lists, depth, answer in zip(questions, wanted, depths, answers, strict=True):
+            if "bm25" in lists:
+                (answer["bm25"],) = _search(self.bm25, [question.query], depth, question.allowed)
+
+    def _fused(self, answer: Rankings, depth: int) -> Ranking:
         from simlm.index.hybrid import fuse_lists
 
-        found: dict[str, tuple[Any, Any]] = {}
-        if self.dense is not None:
-            model, index = self.dense
-            found["dense"] = index.search(model.encode_queries([query]), depth)
-        if self.bm25 is not None:
-            found["bm25"] = self.bm25.search([query], depth)
-        lists = {
-            name: ([int(row) for row in rows[0] if row >= 0], [float(s) for s, row in zip(scores[0], rows[0], strict=True) if row >= 0])
-            for name, (scores, rows) in found.items()
-        }
-        if self.mode != "hybrid":
-            return lists[self.mode]
+        dense, bm25 = ((answer[name].rows, answer[name].scores) for name in ("dense", "bm25"))
         fusion = {"dense_weight": self.dense_weight, "constant": self.constant, "method": self.method}
-        rows, scores = fuse_lists(lists["dense"], lists["bm25"], depth=depth, **fusion)
-        return [int(row) for row in rows], [float(score) for score in scores]
+        rows, scores = fuse_lists(dense, bm25, depth=depth, **fusion)
+        return Ranking(rows.tolist(), scores.tolist())
 
-    def _rerank(self, query: str, rows: list[int]) -> tuple[list[int], list[float]]:
+    def _reranked(self, question: Question, first_stage: Ranking) -> Ranking:
+        rows = first_stage.rows[: max(question.depth, RERANKED)]
+        if not rows or self.reranker is None:
+            return Ranking([], [])
         table = self.store.passages
-        scores = self.reranker.score(query, [(table.title(row), table.text(row)) for row in rows])
+        scores = self.reranker.score(question.query, [(table.title(row), table.text(row)) for row in rows])
         order = sorted(range(len(rows)), key=lambda position: (-scores[position], rows[position]))
-        return [rows[position] for position in order], [float(scores[position]) for position in order]
+        return Ranking([rows[position] for position in order], [float(scores[position]) for position in order])
 
     def _open_dense(self, retriever: str | None) -> tuple[Any, Any]:
         from simlm.models.retriever import load_retriever
         from simlm.recipe import ModelSettings
 
-        known = _retrievers(self.folder)
+        known = retrievers_of(self.folder)
         if retriever is not None and retriever not in known:
             raise SimlmError(f"no retriever {retriever!r}{nearest(retriever, known)}; a run may have: {', '.join(known)}")
         names = [retriever] if retriever else list(known)
@@ -108,8 +206,12 @@ class Searcher:
         for name in names:
             if name not in have:
                 continue
-            index = self._open_index(f"{name}_index")
             encoded = read_manifest(self.folder / f"{name}_embeddings", "embeddings")
+            opened = opened_index(self.folder, name).name
+            built = read_manifest(self.folder / opened, "index")
+            self._check_same(opened, built.inputs.get("embeddings"), f"{name}_embeddings", encoded.fingerprint)
+            index = self.additions.extend_index(f"{name}_index", self._open_index(opened))
+            self.retriever = name
             # Of a run whose recipe wants speed, on whatever machine it is asked now.
             precision: Precision = "fast" if encoded.settings.get("precision") in ("int8", "fast") else "fp32"
             if not known[name]:
@@ -139,16 +241,19 @@ class Searcher:
     def _check_same(self, name: str, made_from: str | None, source: str, fingerprint: str) -> None:
         """Refuse an artifact that was made from an earlier version of what lies beside it: its rows would mean other passages."""
         if made_from != fingerprint:
-            raise ArtifactError(
-                f"{self.folder / name}: was made from an earlier {source!r} than the one that is there now; run the recipe again"
-            )
+            again = "run the recipe again"
+            if name.endswith(CHOSEN):
+                again = f"choose it again (simlm build-index {self.folder} --budget ...), or delete the folder to use the recipe's index"
+            raise ArtifactError(f"{self.folder / name}: was made from an earlier {source!r} than the one that is there now; {again}")
 
     def _open_reranker(self) -> Any:
         from simlm.models.reranker import load_reranker
 
         if not (self.folder / "reranker").is_dir():
             raise ArtifactError(f"{self.folder}: no finished re-ranker; run the recipe to its end, or search without --rerank")
-        open_artifact(self.folder / "reranker", "model")
+        trained = open_artifact(self.folder / "reranker", "model").manifest
+        # A re-ranker reads texts, so it would go on working after a new prepare; but it was trained on, and measured on, other passages.
+        self._check_same("reranker", trained.inputs.get("store"), "store", read_manifest(self.folder / "store", "store").fingerprint)
         return load_reranker(self.folder / "reranker")
 
     def _fusion(self) -> tuple[float, float, Any]:
@@ -160,7 +265,51 @@ class Searcher:
         return 0.5, 60.0, "rank"
 
 
-def _retrievers(folder: Path) -> dict[str, str]:
+def opened_index(folder: Path, retriever: str) -> Path:
+    """Folder of the index that searches with a retriever open: the one chosen for a budget where there is one, else the recipe's."""
+    chosen = folder / f"{retriever}{CHOSEN}"
+    return chosen if chosen.is_dir() else folder / f"{retriever}_index"
+
+
+def find_retriever(folder: Path, retriever: str | None = None) -> tuple[str, Path | None]:
+    """Name of a retriever that the run has an index of, and the folder of its model (none: the starting model as it is).
+
+    retriever: its name; none = the one that searches open. SimlmError for an unknown name, ArtifactError if the run has no index of it.
+    """
+    known = retrievers_of(folder)
+    if retriever is not None and retriever not in known:
+        raise SimlmError(f"no retriever {retriever!r}{nearest(retriever, known)}; a run may have: {', '.join(known)}")
+    have = [name for name in known if (folder / f"{name}_index").is_dir()]
+    for name in have:
+        if retriever in (None, name):
+            return name, folder / known[name] if known[name] else None
+    raise ArtifactError(
+        f"{folder}: no finished index of {retriever or 'any retriever'} (finished here: {', '.join(have) or 'none'}); "
+        "run the recipe to its end"
+    )
+
+
+def open_everything(folder: str | Path, *, retriever: str | None = None) -> Searcher:
+    """A searcher with all that a run has: both first stages or the one there is, and the re-ranker where there is one.
+
+    Raises ArtifactError if the run has neither index, or one that does not fit what lies beside it.
+    """
+    folder = Path(folder)
+    dense = any((folder / f"{name}_index").is_dir() for name in retrievers_of(folder))
+    bm25 = (folder / "bm25").is_dir()
+    mode: Mode = "hybrid" if dense and bm25 else "bm25" if bm25 and retriever is None else "dense"
+    return Searcher(folder, retriever=retriever, mode=mode, rerank=(folder / "reranker").is_dir())
+
+
+def _search(index: Any, queries: Any, depth: int, allowed: Allowed | None) -> list[Ranking]:
+    """What an index finds, a ranking for each query."""
+    restricted = {} if allowed is None else {"allowed": allowed}
+    scores_QK, rows_QK = index.search(queries, depth, **restricted)
+    found_QK = rows_QK >= 0
+    return [Ranking(rows[found].tolist(), scores[found].tolist()) for scores, rows, found in zip(scores_QK, rows_QK, found_QK, strict=True)]
+
+
+def retrievers_of(folder: Path) -> dict[str, str]:
     """RETRIEVERS with the rounds that a run has."""
     numbers = (path.name.removeprefix("retriever2_round").removesuffix("_index") for path in folder.glob("retriever2_round*_index"))
     rounds = [f"retriever2_round{number}" for number in sorted((int(text) for text in numbers if text.isdigit()), reverse=True)]

@@ -77,6 +77,7 @@ def load_retriever(
         batch_tokens=batch_tokens,
     )
     retriever.digest = whole
+    retriever.matryoshka = found.matryoshka
     return retriever
 
 
@@ -84,9 +85,11 @@ class Retriever:
     """Encodes queries and passages into vectors of unit length, whose inner product is the similarity (cosine).
 
     digest: of the model's weights and configuration as they were loaded; empty unless `load_retriever` was asked for it.
+    matryoshka: sizes to which its vectors may be cut; empty = none.
     """
 
     digest: str = ""
+    matryoshka: tuple[int, ...] = ()
 
     def __init__(
         self,
@@ -131,6 +134,11 @@ class Retriever:
         `max_passage_tokens`. Raises DataError naming the first item that is none of these.
         """
         return self._encode(with_prompt(self.passage_prompt, passage_texts(passages)), self.max_passage_tokens, progress)
+
+    def num_tokens(self, texts: Sequence[str], *, query: bool) -> int:
+        """Tokens that the model reads of these texts, as queries or as passages, with prompts and special tokens."""
+        prompt, most = (self.query_prompt, self.max_query_tokens) if query else (self.passage_prompt, self.max_passage_tokens)
+        return int(self._tokenizer.encode(with_prompt(prompt, texts), most).lengths().sum())
 
     def _checked_prompt(self, name: str, prompt: str, max_tokens: int) -> str:
         """The prompt; ModelError if it leaves no room for a text."""

@@ -8,6 +8,7 @@ Shapes: B rows, T tokens of the longest row.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,9 +54,10 @@ class Sequences:
 
 
 class TextTokenizer:
-    """A tokenizer with its own truncation, apart from the state of the one it was made from."""
+    """A tokenizer with its own truncation, apart from the state of the one it was made from. Threads may share it: they take turns."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._one_at_a_time = threading.Lock()
         self._backend = copy.deepcopy(tokenizer.backend_tokenizer)
         self._backend.no_padding()
         self._backend.encode_special_tokens = True
@@ -67,6 +69,10 @@ class TextTokenizer:
 
         Characters beyond SECOND_LOOK a token are never looked at, so a huge text costs no more than a long one.
         """
+        with self._one_at_a_time:
+            return self._encoded(texts, max_tokens)
+
+    def _encoded(self, texts: Sequence[Text], max_tokens: int) -> Sequences:
         self._backend.enable_truncation(max_tokens)
         first = [_shortened(text, FIRST_LOOK * max_tokens) for text in texts]
         try:
@@ -84,8 +90,9 @@ class TextTokenizer:
 
     def leaves_room(self, prompt: str, max_tokens: int) -> bool:
         """Whether a pair of `max_tokens` has room for at least one token behind a prompt."""
-        self._backend.no_truncation()
-        return len(self._backend.encode(prompt, "").ids) < max_tokens
+        with self._one_at_a_time:
+            self._backend.no_truncation()
+            return len(self._backend.encode(prompt, "").ids) < max_tokens
 
 
 def _shortened(text: Text, limit: int) -> Text:
