@@ -1,4 +1,4 @@
-"""The command line: simlm run | plan | init | <stage> | search | evaluate | report | compare-objectives."""
+"""The command line: simlm run | plan | init | <stage> | search | serve | evaluate | report | compare-objectives."""
 
 from __future__ import annotations
 
@@ -40,6 +40,9 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("bm25s").setLevel(logging.WARNING)
+    # They print tracebacks of what they then raise, or do without.
+    for name in ("pymilvus", "grpc._server"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         app()
     except SystemExit as done:
@@ -208,6 +211,40 @@ def search(
 
 
 @app.command()
+def serve(
+    folder: RunArgument,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; the default is for this machine alone.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 = any free one.")] = 8080,
+    token_file: Annotated[
+        Path | None, typer.Option("--token-file", help="File with the bearer token to ask for; else $SIMLM_TOKEN, else none.")
+    ] = None,
+    block_list: Annotated[
+        Path | None, typer.Option("--block-list", help="File of passage ids and rules whose passages are never shown.")
+    ] = None,
+    mcp: Annotated[bool, typer.Option("--mcp", help="Tools for agents on standard input and output, in place of HTTP.")] = False,
+    mcp_http: Annotated[bool, typer.Option("--mcp-http", help="Tools for agents at /mcp too.")] = False,
+    retriever: Annotated[str | None, typer.Option("--retriever", help="Which trained retriever; the best one if left out.")] = None,
+    max_waiting: Annotated[int, typer.Option("--max-waiting", min=1, help="Requests that may wait; more are refused with 429.")] = 64,
+    timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds from a request to 504.")] = 30.0,
+    log_level: Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")] = "info",
+    log_queries: Annotated[bool, typer.Option("--log-queries", help="Write what people search for into the log.")] = False,
+) -> None:
+    """Answer searches of a run over HTTP, with a page, or as tools for agents (--mcp)."""
+    from simlm.serve.launch import EngineSettings, ServeOptions, serve_http, serve_tools
+
+    if log_level not in ("debug", "info", "warning", "error"):
+        raise SimlmError(f"--log-level {log_level!r}: debug, info, warning or error was expected")
+    settings = EngineSettings(retriever=retriever, block_list=block_list, max_waiting=max_waiting, timeout_seconds=timeout)
+    if mcp:
+        if mcp_http:
+            raise SimlmError("--mcp is standard input and output alone; for tools beside HTTP give --mcp-http without it")
+        serve_tools(folder, settings)
+        return
+    options = ServeOptions(host, port, token_file, mcp_http, log_level, log_queries, settings)
+    serve_http(folder, options, announce=lambda line: typer.echo(line, err=True))
+
+
+@app.command()
 def evaluate(
     run_or_recipe: Annotated[Path, typer.Argument(metavar="RECIPE|RUN.TREC", help="A recipe, or a TREC run file.")],
     qrels: Annotated[Path | None, typer.Argument(metavar="QRELS", help="Judgements (TREC or BEIR TSV), with a run file.")] = None,
@@ -232,6 +269,81 @@ def evaluate(
 def report(folder: RunArgument) -> None:
     """Print the result table of a finished run again."""
     _print_report(folder)
+
+
+@app.command()
+def encode(
+    recipe_or_corpus: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|CORPUS",
+            help="A recipe, to do its encode steps; or Parquet or JSONL: a file, a folder, or s3://, gs://, hdfs://.",
+        ),
+    ],
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="RUN|MODEL", help="Of a corpus: the run, model folder or hub id that encodes it.")
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", metavar="FOLDER", help="Of a corpus: where the vectors go.")] = None,
+    engine: Annotated[str, typer.Option("--engine", help="Of a corpus: local, or ray (Ray Data, on many machines).")] = "local",
+    retriever: Annotated[str | None, typer.Option("--retriever", help="Which retriever of the run.")] = None,
+    precision: Annotated[str, typer.Option("--precision", help="auto, fp32, bf16, int8 or fast.")] = "auto",
+    storage: Annotated[str, typer.Option("--storage", help="fp32 or fp16: of the vectors in the files.")] = "fp32",
+    shard_passages: Annotated[int, typer.Option("--shard-passages", min=1, help="About how many passages a file has.")] = 50_000,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad records out instead of stopping.")] = False,
+    address: Annotated[
+        str | None, typer.Option("--address", help="Of a running Ray cluster; default RAY_ADDRESS, else this machine alone.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Ray workers; default as many as fit.")] = None,
+    cpus: Annotated[float, typer.Option("--cpus", min=0.1, help="CPUs of a Ray worker.")] = 1,
+    gpus: Annotated[float, typer.Option("--gpus", min=0, help="GPUs of a Ray worker.")] = 0,
+    step: StepOption = None,
+    changes: SetOption = None,
+    start_over: StartOverOption = None,
+) -> None:
+    """Encode the corpus with each model of a recipe (and what that needs); or any corpus with one model, on one machine or many."""
+    if recipe_or_corpus.endswith(".toml"):
+        if model or output or engine != "local":
+            raise SimlmError(f"{recipe_or_corpus}: a recipe says itself what is encoded; --model, --output and --engine go with a corpus")
+        _stage_command("encode", Path(recipe_or_corpus), changes, step, start_over)
+        return
+    if model is None or output is None:
+        raise SimlmError(f"{recipe_or_corpus}: to encode a corpus, say with what and where to: --model RUN --output FOLDER")
+    if storage not in ("fp32", "fp16"):
+        raise SimlmError(f"--storage: found {storage!r}; fp32 or fp16 was expected")
+    from simlm.corpus_encoding import encode_corpus, make_job
+
+    job = make_job(
+        model,
+        output,
+        retriever=retriever,
+        precision=precision,
+        dtype="float16" if storage == "fp16" else "float32",
+        on_bad_record="skip" if skip_bad else "error",
+    )
+    settings = {"address": address, "workers": workers, "cpus": cpus, "gpus": gpus} if engine == "ray" else {}
+    info = encode_corpus(recipe_or_corpus, job, engine=engine, shard_passages=shard_passages, **settings)
+    typer.echo(f"{output}: {info['count']:,} vectors of {info['dim']} numbers in {len(info['parts']):,} files")
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="New folder for the export.")],
+    to: Annotated[
+        list[str],
+        typer.Option("--to", metavar="TARGET", help="sentence-transformers, onnx, faiss, parquet or trec; may be repeated."),
+    ],
+    retriever: Annotated[
+        str | None, typer.Option("--retriever", help="Which trained retriever; default the last that the run made.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+) -> None:
+    """Write what a run has made as files that other tools read: models, vectors, rankings."""
+    from simlm.export import export_run
+
+    info = export_run(run, folder, to, retriever=retriever, overwrite=overwrite)
+    for target, facts in info["targets"].items():
+        typer.echo(f"{folder / target}: {_bytes(facts['bytes_total'])}")
 
 
 @app.command("negative-report")
@@ -294,6 +406,90 @@ def teacher_scores(
     _print_teachers(folder, found)
 
 
+@app.command("build-index")
+def build_index(
+    run_or_recipe: Annotated[
+        Path, typer.Argument(metavar="RUN|RECIPE", help="A run, to choose an index for a budget; or a recipe, to do its steps.")
+    ],
+    budget: Annotated[str | None, typer.Option("--budget", metavar="SIZE", help="Memory the index may take: 800MB, 1GB, 1GiB.")] = None,
+    min_quality: Annotated[
+        float, typer.Option("--min-quality", metavar="SHARE", help="Of exact search's RR@10 and R@100 on the dev queries.")
+    ] = 0.99,
+    retriever: Annotated[str | None, typer.Option("--retriever", help="Whose passages; default: the one that searches use.")] = None,
+    step: StepOption = None,
+    changes: SetOption = None,
+    start_over: StartOverOption = None,
+) -> None:
+    """Build the indexes of a recipe; or, given a run and a budget, measure many and keep the smallest that is good."""
+    if run_or_recipe.suffix == ".toml":
+        if budget is not None:
+            raise SimlmError(f"{run_or_recipe}: a budget is for a finished run; do the recipe first, then give the folder of its run")
+        _stage_command("build_index", run_or_recipe, changes, step, start_over)
+        return
+    if budget is None:
+        raise SimlmError(f"{run_or_recipe}: say how much memory the index may take: simlm build-index {run_or_recipe} --budget 1GB")
+    from rich.console import Console
+
+    from simlm.evaluation.report.index_choice import conclusion, terminal_table
+    from simlm.index_choice import choose_index, parse_bytes
+    from simlm.progress import Progress
+
+    choice = choose_index(run_or_recipe, budget=parse_bytes(budget), min_quality=min_quality, retriever=retriever, progress=Progress())
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(terminal_table(choice.content))
+    console.print(f"table and plot: {choice.report}/choice.md", markup=False, soft_wrap=True)
+    if choice.folder is None:
+        raise SimlmError(conclusion(choice.content))
+    console.print(conclusion(choice.content), markup=False, soft_wrap=True)
+    console.print(f"searches of this run use it now; delete {choice.folder} to go back", markup=False, soft_wrap=True)
+
+
+@app.command("add-passages")
+def add_passages(
+    folder: RunArgument,
+    file: Annotated[
+        Path | None, typer.Argument(metavar="FILE", help="JSONL, CSV or Parquet; without it earlier additions are encoded anew if needed.")
+    ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Passages whose ids are there already take the place of those.")] = False,
+    retriever: Annotated[str | None, typer.Option("--retriever", help="Whose index they join; default: the one that searches use.")] = None,
+) -> None:
+    """Add passages to what a finished run finds, without training; only they are encoded."""
+    from simlm import additions
+    from simlm.progress import Progress
+
+    if file is None:
+        if replace:
+            raise SimlmError("--replace is for passages of a file; give one, or leave it out")
+        _print_change(additions.refresh(folder, retriever=retriever, progress=Progress()))
+        return
+    _print_change(additions.add_passages(folder, file, retriever=retriever, replace=replace, progress=Progress()))
+
+
+@app.command("delete-passages")
+def delete_passages(
+    folder: RunArgument,
+    ids: Annotated[list[str] | None, typer.Argument(metavar="ID", help="Ids of passages.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", help="A file with an id in each line.")] = None,
+) -> None:
+    """Let passages of a finished run be found no more."""
+    from simlm import additions
+
+    wanted = list(ids or [])
+    if file is not None:
+        try:
+            wanted += [line for line in file.read_text(encoding="utf-8").splitlines() if line]
+        except (OSError, UnicodeDecodeError) as error:
+            raise SimlmError(f"{file}: not readable as a list of ids ({error}); give a UTF-8 file with an id in each line") from None
+    if not wanted:
+        raise SimlmError(f"no ids given; name some: simlm delete-passages {folder} ID ..., or --file FILE")
+    _print_change(additions.delete_passages(folder, wanted))
+
+
+def _print_change(change: Any) -> None:
+    done = f"added {change.added:,} passages, deleted {change.deleted:,}; {change.encoded:,} were encoded"
+    typer.echo(f"{done}; {change.total:,} can be found now")
+
+
 def _stage_command(
     stage: str, recipe: Path, changes: list[str] | None, names: list[str] | None, start_over: list[str] | None = None
 ) -> None:
@@ -334,14 +530,13 @@ for _stage, _description in {
     "train_generator": "Train or take over the generator for replaced LM",
     "pretrain": "Pre-train the encoder with the representation bottleneck",
     "train_retriever": "Train the retrievers on hard negatives",
-    "encode": "Encode the corpus with each model",
-    "build_index": "Build the BM25 and vector indexes",
     "fuse": "Fuse dense and BM25 runs",
     "mine_negatives": "Mine hard negatives",
     "select_run": "Choose the run to re-rank on the dev queries",
     "train_reranker": "Train the cross-encoder",
     "rerank": "Re-rank runs, and score training groups for distillation",
     "score_groups": "Score training groups with BM25 and a dense retriever together",
+    "check_teacher": "Compare the teacher with the retriever that it is to teach",
     "distill": "Distil the teachers into a retriever",
 }.items():
     _add_stage(_stage, _description)
@@ -445,6 +640,8 @@ def _print_next(folder: Path) -> None:
     console.print("\nNext:", highlight=False)
     for flag in ("", " --hybrid", " --rerank"):
         console.print(f"  {asked}{flag}", highlight=False, markup=False, soft_wrap=True)
+    served = f"  simlm serve {shlex.quote(str(folder))}        # a page to search on, and an API"
+    console.print(served, highlight=False, markup=False, soft_wrap=True)
     console.print("  simlm init YOUR_DATA_FOLDER        # a recipe for your own corpus", highlight=False, markup=False, soft_wrap=True)
 
 
