@@ -173,8 +173,8 @@ def _scan_corpus(loader: Loader, settings: DataSettings, bad: BadRecords, *, dra
         raise DataError(f"the corpus has no passages{skipped}; check data.path and data.corpus")
     if missing:
         # A slip of the pen would otherwise show only when a filter finds nothing.
-        names = ", ".join(map(repr, sorted(missing)))
-        raise DataError(f"data.metadata_fields: no passage has a field {names}; give names of the corpus's columns, or leave them out")
+        absent = ", ".join(map(repr, sorted(missing)))
+        raise DataError(f"data.metadata_fields: no passage has a field {absent}; give names of the corpus's columns, or leave them out")
     found = np.array(hashes, dtype=np.uint64)
     names = ((where, passage.passage_id) for where, passage, _ in _with_text(loader, bad))
     letters = max(sum(scripts.values()), 1)

@@ -232,8 +232,8 @@ class _TableWriter:
                     self.files[name].write(bytes(8))
             yield
             self.files["word_starts"].write(np.packbits(self.spare_bits, bitorder="little").tobytes())
-        unused = () if self.with_answers else ("answers", "answer_offsets")
-        unused += () if self.with_metadata else ("metadata", "metadata_offsets")
+        unused = [] if self.with_answers else ["answers", "answer_offsets"]
+        unused += [] if self.with_metadata else ["metadata", "metadata_offsets"]
         for name in unused:
             (self.folder / f"{name}.bin").unlink()
 
