@@ -237,7 +237,7 @@ class _Bench:
             bits = options["bits"] * numbers
         elif candidate.type == "pq":
             bits = 8 * options["code_bytes"]
-        return len(self.source) * bits // 8
+        return int(len(self.source) * bits // 8)
 
     def _build(self, inner: Candidate) -> dict[str, Any]:
         folder = self.work / "index"
@@ -256,6 +256,7 @@ class _Bench:
             measures = self._quality(index)
             times = self._times(index)
         self._exact = self._exact or measures
+        p50, p95 = (round(float(value), 3) for value in np.percentile(times, [50, 95]))
         return Measured(
             candidate,
             candidate.label,
@@ -264,7 +265,8 @@ class _Bench:
             round(seconds, 3),
             {name: round(value, 6) for name, value in measures.items()},
             round(min(value / self._exact[name] if self._exact[name] else 1.0 for name, value in measures.items()), 6),
-            *(round(float(value), 3) for value in np.percentile(times, [50, 95])),
+            p50,
+            p95,
         )
 
     def _rescoring(self, dtype: str) -> Path:

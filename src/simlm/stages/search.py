@@ -167,7 +167,7 @@ class _DenseSearcher:
     depth: int
     retriever: Retriever
     prompt: Prompt | None
-    options: dict[str, int]
+    options: dict[str, Any]
     """Of the index's `search`."""
 
     def search(self, table: Table, rows: Ints) -> Results:
@@ -214,5 +214,6 @@ def _dense_searcher(settings: SearchSettings, inputs: dict[str, Path], index: In
             "give the model that encoded the passages"
         )
     prompt = Prompt.of(store.tokenizer(), retriever.query_prompt, max_tokens, key="query_prompt")
-    options = {"memory_bytes": settings.memory_budget * 2**20} if isinstance(index, FlatIndex) else {}
+    opened: object = index
+    options: dict[str, Any] = {"memory_bytes": settings.memory_budget * 2**20} if isinstance(opened, FlatIndex) else {}
     return _DenseSearcher(index, depth, retriever, prompt, options)
