@@ -270,9 +270,13 @@ def build_artifact(
     stage: str = "manual",
     code_version: int = 0,
     settings: dict[str, Any] | None = None,
+    inputs: dict[str, Any] | None = None,
     seed: int = 0,
 ) -> Iterator[ArtifactBuilder]:
-    """Write one artifact outside a pipeline (tests, Python users): finished when the block ends without an error."""
+    """Write one artifact outside a pipeline (tests, Python users): finished when the block ends without an error.
+
+    inputs: role -> fingerprint of what it is made from; a Searcher refuses an index whose vectors are others than those beside it.
+    """
     settings = settings or {}
     builder = ArtifactBuilder(
         Path(path), kind=kind, stage=stage, code_version=code_version, fingerprint=json_digest([stage, code_version, settings, seed])
@@ -280,7 +284,9 @@ def build_artifact(
     started = time.monotonic()
     builder.begin()
     yield builder
-    builder.finish(settings=settings, inputs={}, seed=seed, seconds=time.monotonic() - started, peak_memory_bytes=peak_memory_bytes())
+    builder.finish(
+        settings=settings, inputs=inputs or {}, seed=seed, seconds=time.monotonic() - started, peak_memory_bytes=peak_memory_bytes()
+    )
 
 
 def disk_error(error: OSError, path: Path) -> DiskError:

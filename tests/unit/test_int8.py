@@ -13,7 +13,7 @@ from numpy.testing import assert_allclose
 from torch import nn
 from torch.testing import assert_close
 
-from simlm.artifacts import Kind, build_artifact
+from simlm.artifacts import MANIFEST, Kind, build_artifact, read_manifest
 from simlm.errors import ModelError
 from simlm.models.backbone import load_encoder
 from simlm.models.biencoder import BiEncoder
@@ -196,7 +196,8 @@ def model(tmp_path_factory: pytest.TempPathFactory, tiny_wordpiece: PreTrainedTo
 
 
 def run_stage(stage: ModuleType, path: Path, kind: Kind, settings: Section, inputs: dict[str, Path]) -> dict[str, Any]:
-    with build_artifact(path, kind=kind, stage=stage.__name__, settings=settings.model_dump()) as builder:
+    made_from = {role: read_manifest(folder).fingerprint for role, folder in inputs.items() if (folder / MANIFEST).is_file()}
+    with build_artifact(path, kind=kind, stage=stage.__name__, settings=settings.model_dump(), inputs=made_from) as builder:
         stage.run(settings, inputs, Context(builder, 0, Progress(quiet=True)))
     return builder.facts
 
