@@ -320,7 +320,7 @@ def encode(
         dtype="float16" if storage == "fp16" else "float32",
         on_bad_record="skip" if skip_bad else "error",
     )
-    settings = {"address": address, "workers": workers, "cpus": cpus, "gpus": gpus} if engine == "ray" else {}
+    settings: dict[str, Any] = {"address": address, "workers": workers, "cpus": cpus, "gpus": gpus} if engine == "ray" else {}
     info = encode_corpus(recipe_or_corpus, job, engine=engine, shard_passages=shard_passages, **settings)
     typer.echo(f"{output}: {info['count']:,} vectors of {info['dim']} numbers in {len(info['parts']):,} files")
 

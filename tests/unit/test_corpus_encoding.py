@@ -23,6 +23,7 @@ from simlm.models.retriever import load_retriever
 from simlm.progress import Progress
 from simlm.recipe import ModelSettings
 from tests.conftest import tiny_passages
+from tests.unit.object_store import object_store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -275,3 +276,25 @@ def test_a_job_travels() -> None:
 
     job = Job(ModelSettings(start="x"), "out", "digest", 32)
     assert pickle.loads(pickle.dumps(job)) == job
+
+
+def test_from_an_object_store_to_an_object_store(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    passages = passages_of(40)
+    with object_store() as (where, objects):
+        objects["corpus/a.jsonl"] = write_lines(tmp_path / "a.jsonl", passages[:20]).read_bytes()
+        objects["corpus/b/c.parquet"] = write_parquet(tmp_path / "c.parquet", passages[20:]).read_bytes()
+        job = make_job(str(model), f"s3://bucket/vectors{where}", precision="fp32")
+        info = encode_corpus(f"s3://bucket/corpus{where}", job, shard_passages=8, progress=QUIET)
+        assert info["count"] == 40
+        del objects["vectors/part-000001.parquet"]
+        assert encode_corpus(f"s3://bucket/corpus{where}", job, shard_passages=8, progress=QUIET) == info
+        names = sorted(name for name in objects if name.startswith("vectors/") and not name.endswith("/"))
+        parts = [pq.read_table(pa.BufferReader(objects[name])) for name in names if "part-" in name]
+        assert [name for name in names if "part-" not in name] == ["vectors/_embeddings.json", "vectors/_plan.json"]
+    assert [name for part in parts for name in part["passage_id"].to_pylist()] == [passage["_id"] for passage in passages]
+    vectors = np.concatenate([np.array(part["vector"].to_pylist(), np.float32) for part in parts])
+    expected = load_retriever(model).encode_passages([(passage["title"], passage["text"]) for passage in passages])
+    np.testing.assert_allclose(vectors, expected, atol=1e-6)

@@ -122,6 +122,7 @@ def samples_of(model: torch.nn.Module, vocabulary: int, *, types: bool) -> list[
     return made
 
 
+@pytest.mark.slow
 def test_weights_too_large_for_one_file_lie_beside_it(
     tmp_path: Path, tiny_wordpiece: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from simlm import artifacts
 from simlm.artifacts import build_artifact, open_artifact, write_json
-from simlm.errors import ArtifactError, RecipeError, SimlmError
+from simlm.errors import ArtifactError, MissingExtraError, RecipeError, SimlmError
 from simlm.index import INFO, build_vectors, check_options, load_index, milvus, open_index
 from tests.contracts import test_indexes as contract
 from tests.contracts.test_indexes import build, vectors_of
@@ -260,6 +260,12 @@ def test_an_index_without_its_database(build: Build, tmp_path: Path) -> None:
 def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         check_options("milvus", options)
+
+
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(MissingExtraError, match=r"a milvus index needs the library 'pymilvus'.*simlm\[milvus\]"):
+        check_options("milvus", {})
 
 
 def test_more_lists_than_passages(tmp_path: Path) -> None:

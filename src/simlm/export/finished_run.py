@@ -127,7 +127,7 @@ class FinishedRun:
         """The chosen retriever on the CPU in fp32, with the lengths that its passages were encoded with."""
         from simlm.models.retriever import load_retriever
 
-        lengths = {}
+        lengths: dict[str, Any] = {}
         if self.chosen.model is None:
             lengths = {f"max_{kind}_tokens": int(self.store.info[f"max_{kind}_tokens"]) for kind in ("query", "passage")}
         return load_retriever(self.chosen.source, precision="fp32", device="cpu", **lengths)

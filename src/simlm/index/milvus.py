@@ -130,8 +130,11 @@ class MilvusIndex:
 
     @staticmethod
     def check_options(options: dict[str, Any]) -> None:
-        """RecipeError for an option that the chosen type does not take, or an address that is none or has a password."""
-        checked_options(options)
+        """RecipeError for an option that the chosen type does not take, or an address that is none or has a password.
+
+        MissingExtraError where the library is absent, before any work.
+        """
+        _require_libraries(checked_options(options)["uri"])
 
     @classmethod
     def build(cls, vectors: Path, folder: Path, *, options: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -236,12 +239,16 @@ def _connected(folder: Path, uri: str) -> Iterator[Any]:
 
 
 def _client(address: str, uri: str) -> Any:
-    for library in ("pymilvus",) if uri else ("pymilvus", "milvus_lite"):
-        require_extra(library, "milvus", "a milvus index")
+    _require_libraries(uri)
     from pymilvus import MilvusClient
 
     with _told(uri):
         return MilvusClient(address, token=os.environ.get(TOKEN, "") if uri else "", timeout=TIMEOUT_SECONDS, dedicated=True)
+
+
+def _require_libraries(uri: str) -> None:
+    for library in ("pymilvus",) if uri else ("pymilvus", "milvus_lite"):
+        require_extra(library, "milvus", "a milvus index")
 
 
 def _close_lite(client: Any, database: Path) -> None:
