@@ -574,7 +574,7 @@ def test_wrong_requests_to_rerank(client: TestClient, body: Any, status: int, co
 
 
 def test_a_full_queue_answers_429_and_loses_nothing(served_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(served_run, EngineSettings(max_waiting=2, max_batch=1, batch_milliseconds=0.0))
+    engine = Engine(served_run, EngineSettings(max_waiting=2, max_batch=1, batch_milliseconds=0.0, search_threads=1))
     engine.open()
     go = threading.Event()
     answers = engine.run.answers
@@ -781,7 +781,7 @@ def test_added_passages_are_found_and_deleted_ones_are_not(served_run: Path, tmp
 
 
 def test_searches_that_come_together_go_through_the_model_together(served_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(served_run, EngineSettings(batch_milliseconds=200.0, max_batch=8))
+    engine = Engine(served_run, EngineSettings(batch_milliseconds=200.0, max_batch=8, search_threads=1))
     engine.open()
     retriever = engine.run.retriever()
     sizes: list[int] = []

@@ -1,6 +1,7 @@
 """The engine behind the server: a run that is open, the lanes that ask it, and its replacement by a newer state.
 
-Three lanes with a thread each: searches, embeddings, and whatever re-ranks. The last two take long and leave the processor to the first.
+Three lanes: searches, with a thread for each core, embeddings, and whatever re-ranks, with one each. The last two take long and leave the
+processor to the first.
 A request keeps the run that it was checked against, so that a reload loses none; the old run goes when its last request is answered.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -37,6 +39,8 @@ Side = Literal["query", "passage"]
 CHUNK = 32
 """Texts, or pairs, between two looks at whether anyone still waits for them."""
 LONG_WORK_NICENESS = 10
+MOST_THREADS = 8
+"""Of searches; what is not arithmetic has one core in any case."""
 
 log = logging.getLogger("simlm.serve")
 
@@ -52,6 +56,8 @@ class EngineSettings:
     batch_milliseconds: float = 2.0
     """A search waits this long for others to go through the models with it."""
     max_batch: int = 16
+    search_threads: int = 0
+    """Searches at work at the same time; 0 = one a core, one alone where an accelerator computes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +97,7 @@ class Engine:
             most_waiting=waiting,
             most_together=self.settings.max_batch,
             wait_seconds=self.settings.batch_milliseconds / 1000,
+            threads=self.settings.search_threads or _default_threads(),
             observe=self.metrics.batch_observer("search"),
         )
         self._encodings: Lane[_Encoding, Floats] = Lane(
@@ -199,6 +206,13 @@ class Engine:
             future.cancel()
             if gone is not None:
                 gone.set()
+
+
+def _default_threads() -> int:
+    """A query is too little work to be shared out among cores, so each core has a query of its own."""
+    import torch
+
+    return 1 if torch.accelerator.is_available() else min(os.cpu_count() or 1, MOST_THREADS)
 
 
 def _warm_up(run: ServedRun) -> None:

@@ -1,4 +1,4 @@
-"""A lane: a bounded queue and one thread that takes what waits there together.
+"""A lane: a bounded queue and a thread, or several, that take what waits there together.
 
 Requests that arrive within `wait_seconds` of the first, or while a batch is at work, go through the models in one batch. The queue never
 grows past its bound: what does not fit is refused at once, so that what was accepted is answered in a time that can be told.
@@ -46,7 +46,7 @@ class Job(Generic[Task, Result]):
 
 
 class Lane(Generic[Task, Result]):
-    """work: tasks -> their results, in order; called in the lane's thread with 1 to `most_together` tasks.
+    """work: tasks -> their results, in order; called in a thread of the lane with 1 to `most_together` tasks.
 
     niceness: added to the thread's, so that a lane of long work leaves the processor to others (Linux only).
     observe: told of each batch (number of tasks, seconds of work).
@@ -60,6 +60,7 @@ class Lane(Generic[Task, Result]):
         most_waiting: int,
         most_together: int,
         wait_seconds: float = 0.0,
+        threads: int = 1,
         niceness: int = 0,
         observe: Callable[[int, float], None] = lambda _number, _seconds: None,
     ) -> None:
@@ -74,8 +75,9 @@ class Lane(Generic[Task, Result]):
         self._changed = threading.Condition()
         self._closed = False
         self._seconds_a_task = 0.05
-        self._thread = threading.Thread(target=self._run, name=f"simlm-{name}", daemon=True)
-        self._thread.start()
+        self._threads = [threading.Thread(target=self._run, name=f"simlm-{name}-{number}", daemon=True) for number in range(threads)]
+        for thread in self._threads:
+            thread.start()
 
     def __len__(self) -> int:
         """Tasks that wait, not those at work."""
@@ -94,11 +96,12 @@ class Lane(Generic[Task, Result]):
         return job.future
 
     def close(self) -> None:
-        """Take nothing more, finish what waits, and end the thread."""
+        """Take nothing more, finish what waits, and end the threads."""
         with self._changed:
             self._closed = True
-            self._changed.notify()
-        self._thread.join()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
 
     def _run(self) -> None:
         self._be_nice()
@@ -122,18 +125,20 @@ class Lane(Generic[Task, Result]):
     def _next_batch(self) -> list[Job[Task, Result]] | None:
         """The next tasks, at least one; None when the lane is closed and empty."""
         with self._changed:
-            while not self._waiting:
-                if self._closed:
+            while True:
+                if self._waiting:
+                    # Counted from its arrival: what waited for the batch before it does not wait again.
+                    left = self._waiting[0].arrived + self._wait_seconds - time.monotonic()
+                    if left <= 0 or len(self._waiting) >= self._most_together or self._closed:
+                        batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), self._most_together))]
+                        # Word of what is left may have come to this thread alone.
+                        self._changed.notify()
+                        return batch
+                    self._changed.wait(left)
+                elif self._closed:
                     return None
-                self._changed.wait()
-            # Counted from its arrival: what waited for the batch before it does not wait again.
-            until = self._waiting[0].arrived + self._wait_seconds
-            while len(self._waiting) < self._most_together and not self._closed:
-                left = until - time.monotonic()
-                if left <= 0:
-                    break
-                self._changed.wait(left)
-            return [self._waiting.popleft() for _ in range(min(len(self._waiting), self._most_together))]
+                else:
+                    self._changed.wait()
 
     def _do(self, jobs: list[Job[Task, Result]]) -> None:
         """Settle every job. If a batch fails, each of its tasks is tried alone: one bad request must not take others with it."""
