@@ -17,9 +17,10 @@ soak       --rate for --soak-minutes: resident memory of every minute
 The plain handler is what one writes in an afternoon: FastAPI, SentenceTransformer.encode for the query, a matrix product over all
 vectors, bm25s, reciprocal ranks fused; the same model, texts, queries and number of passages, in its own process, settings as they come.
 
-Prints tables and, last, one line of JSON: p95_milliseconds (rate), requests_per_second (capacity), speedup (capacity against the
-plain handler's), p95_speedup, cpu_milliseconds (processor time of the server for a request at --rate: blind to what else the machine does),
-lost and errors (all phases together; 429 is no error), resident_bytes, growth_bytes (over the overload, or the soak).
+Prints the figures of each phase as they come and, last, one line of JSON: p95_milliseconds (rate), requests_per_second (capacity), speedup
+(capacity against the plain handler's), p95_speedup, cpu_milliseconds (processor time of the server for a request at --rate: blind to
+what else the machine does), lost and errors (all phases together; 429 is no error), resident_bytes, growth_bytes (over the overload, or
+the soak).
 """
 
 from __future__ import annotations
@@ -80,14 +81,11 @@ def measure(options: argparse.Namespace) -> None:
     with Server(
         [sys.executable, "-c", "from simlm.cli import main; main()", "serve", str(folder), "--port", "0", "--log-level", "warning"]
     ) as ours:
-        phases = run_phases(ours, queries, options)
+        phases = run_phases("simlm serve", ours, queries, options)
     rows = {"simlm serve": phases}
     if not options.skip_plain:
         with Server([sys.executable, __file__, "--work", str(options.work), "--plain-server", "0"]) as plain:
-            rows["plain handler"] = run_phases(plain, queries, options, overload=False)
-    for name, found in rows.items():
-        for phase, values in found.items():
-            print(f"{name:14} {phase:9} " + "  ".join(f"{key} {value}" for key, value in values.items()))
+            rows["plain handler"] = run_phases("plain handler", plain, queries, options, overload=False)
     print(json.dumps(summary(rows)))
 
 
@@ -107,22 +105,31 @@ def summary(rows: dict[str, dict[str, dict[str, Any]]]) -> dict[str, Any]:
     }
 
 
-def run_phases(server: Server, queries: Path, options: argparse.Namespace, *, overload: bool = True) -> dict[str, dict[str, Any]]:
-    def phase(**wanted: Any) -> dict[str, Any]:
+def run_phases(
+    title: str, server: Server, queries: Path, options: argparse.Namespace, *, overload: bool = True
+) -> dict[str, dict[str, Any]]:
+    """The figures of each phase, printed as they come."""
+
+    def phase(name: str, **wanted: Any) -> dict[str, Any]:
         before, busy = server.resident_bytes(), server.cpu_seconds()
         command = [sys.executable, __file__, "--work", str(options.work), "--load"]
         asked = json.dumps({"port": server.port, "queries": str(queries), **wanted})
         done = subprocess.run([*command, asked], stdout=subprocess.PIPE, text=True, check=True)
         found, after = json.loads(done.stdout), server.resident_bytes()
         milliseconds = round(1000 * (server.cpu_seconds() - busy) / max(found["answered"], 1), 1)
-        return found | {"cpu_milliseconds": milliseconds, "resident_bytes": after, "growth_bytes": after - before}
+        found |= {"cpu_milliseconds": milliseconds, "resident_bytes": after, "growth_bytes": after - before}
+        print(f"{title:14} {name:9} " + "  ".join(f"{key} {value}" for key, value in found.items()), flush=True)
+        return dict(found)
 
-    phase(seconds=5.0, clients=CLIENTS)
-    found = {"rate": phase(seconds=options.seconds, rate=options.rate), "capacity": phase(seconds=options.seconds / 2, clients=CLIENTS)}
+    phase("warm-up", seconds=5.0, clients=CLIENTS)
+    found = {
+        "rate": phase("rate", seconds=options.seconds, rate=options.rate),
+        "capacity": phase("capacity", seconds=options.seconds / 2, clients=CLIENTS),
+    }
     if overload:
-        found["overload"] = phase(seconds=options.seconds, rate=2 * found["capacity"]["per_second"])
+        found["overload"] = phase("overload", seconds=options.seconds, rate=2 * found["capacity"]["per_second"])
         if options.soak_minutes:
-            found["soak"] = phase(seconds=60 * options.soak_minutes, rate=options.rate, watch=server.process.pid)
+            found["soak"] = phase("soak", seconds=60 * options.soak_minutes, rate=options.rate, watch=server.process.pid)
     return found
 
 
