@@ -24,14 +24,14 @@ Span = Annotated[list[int], Field(min_length=2, max_length=2)]
 
 
 class Body(BaseModel):
-    """A request: unknown fields are refused."""
+    """A request: unknown fields are refused, and so is what is only like a number or a truth value ("5", true for 1)."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class SearchRequest(Body):
     query: Query
-    k: Annotated[int, Field(ge=1, le=MAX_K, description="Passages wanted.")] = 10
+    k: Annotated[int, Field(strict=True, ge=1, le=MAX_K, description="Passages wanted.")] = 10
     mode: Annotated[ListName | None, Field(description="None = the default_mode of /info.")] = None
     filters: Annotated[
         dict[str, FilterValue | Annotated[list[FilterValue], Field(min_length=1, max_length=MAX_FILTER_VALUES)]],
@@ -39,7 +39,7 @@ class SearchRequest(Body):
             max_length=MAX_FILTERS, description="Metadata field -> the value, or the values of which one is wanted. All fields must fit."
         ),
     ] = Field(default_factory=dict)
-    compare: Annotated[bool, Field(description="Also the first k of every list that the run can make.")] = False
+    compare: Annotated[bool, Field(strict=True, description="Also the first k of every list that the run can make.")] = False
 
 
 class Ranks(BaseModel):
@@ -135,7 +135,9 @@ class EmbeddingsRequest(Body):
     input: str | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS)]
     model: Annotated[str, Field(max_length=200, description="An id of /v1/models.")]
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: Annotated[int | None, Field(ge=1, description="For models trained with Matryoshka sizes: one of them.")] = None
+    dimensions: Annotated[
+        Annotated[int, Field(strict=True, ge=1)] | None, Field(description="For models trained with Matryoshka sizes: one of them.")
+    ] = None
     input_type: Annotated[
         Literal["query", "passage"], Field(description="Not OpenAI's: which of the model's two prompts and lengths to use.")
     ] = "passage"
@@ -182,8 +184,8 @@ class RerankRequest(Body):
     query: Query
     documents: Annotated[list[str | Document], Field(min_length=1, max_length=MAX_DOCUMENTS)]
     model: Annotated[str | None, Field(max_length=200, description='"reranker", or left out.')] = None
-    top_n: Annotated[int | None, Field(ge=1, description="None = all.")] = None
-    return_documents: bool = False
+    top_n: Annotated[Annotated[int, Field(strict=True, ge=1)] | None, Field(description="None = all.")] = None
+    return_documents: Annotated[bool, Field(strict=True)] = False
 
 
 class RerankResult(BaseModel):
