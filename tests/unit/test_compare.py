@@ -121,6 +121,10 @@ def test_a_variant_changes_single_keys_of_inner_tables(data: Path) -> None:
 def test_a_variant_that_does_not_fit_the_recipe_is_refused(data: Path) -> None:
     recipe = recipe_for(data, objectives=[], variants=[{"encoder_mask_rate": 0.45}, {"encoder_mask_rate": 0.6, "decoder_mask_rate": 0.7}])
     assert [row.name for row in compare.make_grid(recipe).rows][1] == "encoder_mask_rate = 0.45"
+    # 0.6 is above the default decoder rate, which is not this recipe's.
+    high = recipe_for(data, objectives=[], variants=[{"encoder_mask_rate": 0.6}])
+    high = high.model_copy(update={"pretrain": high.pretrain.model_copy(update={"decoder_mask_rate": 0.8})})
+    assert [row.pretrain.encoder_mask_rate for row in compare.make_grid(high).rows][1] == 0.6
     low = recipe.pretrain.model_copy(update={"decoder_mask_rate": 0.4})
     with pytest.raises(RecipeError, match=r"compare\.variants: encoder_mask_rate = 0\.45 does not fit.*decoder_mask_rate 0\.4 is below"):
         compare.make_grid(recipe.model_copy(update={"pretrain": low}))
