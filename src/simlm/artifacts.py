@@ -224,7 +224,7 @@ class ArtifactBuilder:
             relative = file.relative_to(self.work)
             if not file.is_file() or relative.parts[0] in (MANIFEST, RESUME):
                 continue
-            _fsync(file)
+            sync(file)
             files[relative.as_posix()] = {"bytes": file.stat().st_size, "sha256": file_digest(file)}
         manifest = Manifest(
             kind=self.kind,
@@ -244,13 +244,13 @@ class ArtifactBuilder:
         )
         write_json(self.work / MANIFEST, asdict(manifest))
         for folder in [self.work, *(entry for entry in self.work.rglob("*") if entry.is_dir())]:
-            _fsync(folder)
+            sync(folder)
         old = self.path.parent / f".{self.path.name}.old"
         shutil.rmtree(old, ignore_errors=True)
         if self.path.exists():
             os.rename(self.path, old)
         os.rename(self.work, self.path)
-        _fsync(self.path.parent)
+        sync(self.path.parent)
         shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(self.path / RESUME, ignore_errors=True)
         return Artifact(self.path, manifest)
@@ -345,7 +345,8 @@ def hardware_facts() -> dict[str, Any]:
     return facts
 
 
-def _fsync(path: Path) -> None:
+def sync(path: Path | str) -> None:
+    """Have what was written to a file, or the names in a folder, on the disk before going on."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -198,35 +198,24 @@ class Searcher:
         from simlm.models.retriever import load_retriever
         from simlm.recipe import ModelSettings
 
-        known = retrievers_of(self.folder)
-        if retriever is not None and retriever not in known:
-            raise SimlmError(f"no retriever {retriever!r}{nearest(retriever, known)}; a run may have: {', '.join(known)}")
-        names = [retriever] if retriever else list(known)
-        have = [name for name in known if (self.folder / f"{name}_index").is_dir()]
-        for name in names:
-            if name not in have:
-                continue
-            encoded = read_manifest(self.folder / f"{name}_embeddings", "embeddings")
-            opened = opened_index(self.folder, name).name
-            built = read_manifest(self.folder / opened, "index")
-            self._check_same(opened, built.inputs.get("embeddings"), f"{name}_embeddings", encoded.fingerprint)
-            index = self.additions.extend_index(f"{name}_index", self._open_index(opened))
-            self.retriever = name
-            # Of a run whose recipe wants speed, on whatever machine it is asked now.
-            precision: Precision = "fast" if encoded.settings.get("precision") in ("int8", "fast") else "fp32"
-            if not known[name]:
-                model = ModelSettings.model_validate(encoded.settings["model"])
-                return load_retriever(model, precision=precision, max_query_tokens=int(self.store.info["max_query_tokens"])), index
-            folder = open_artifact(self.folder / known[name], "model")
-            self._check_same(f"{name}_embeddings", encoded.inputs.get("model"), known[name], folder.manifest.fingerprint)
-            if name == "pretrained_encoder":
-                settings = ModelSettings.model_validate(encoded.settings["model"])
-                return load_retriever(settings.model_copy(update={"start": str(folder.path)}), precision=precision), index
-            return load_retriever(folder.path, precision=precision), index
-        raise ArtifactError(
-            f"{self.folder}: no finished index of {' or '.join(names)} (finished here: {', '.join(have) or 'none'}); "
-            "run the recipe to its end, or use --bm25"
-        )
+        name, place = find_retriever(self.folder, retriever)
+        encoded = read_manifest(self.folder / f"{name}_embeddings", "embeddings")
+        opened = opened_index(self.folder, name).name
+        built = read_manifest(self.folder / opened, "index")
+        self._check_same(opened, built.inputs.get("embeddings"), f"{name}_embeddings", encoded.fingerprint)
+        index = self.additions.extend_index(f"{name}_index", self._open_index(opened))
+        self.retriever = name
+        # Of a run whose recipe wants speed, on whatever machine it is asked now.
+        precision: Precision = "fast" if encoded.settings.get("precision") in ("int8", "fast") else "fp32"
+        if place is None:
+            model = ModelSettings.model_validate(encoded.settings["model"])
+            return load_retriever(model, precision=precision, max_query_tokens=int(self.store.info["max_query_tokens"])), index
+        folder = open_artifact(place, "model")
+        self._check_same(f"{name}_embeddings", encoded.inputs.get("model"), place.name, folder.manifest.fingerprint)
+        if name == "pretrained_encoder":
+            settings = ModelSettings.model_validate(encoded.settings["model"])
+            return load_retriever(settings.model_copy(update={"start": str(folder.path)}), precision=precision), index
+        return load_retriever(folder.path, precision=precision), index
 
     def _open_index(self, name: str) -> Any:
         from simlm.data.store import passages_fingerprint
@@ -285,7 +274,7 @@ def find_retriever(folder: Path, retriever: str | None = None) -> tuple[str, Pat
             return name, folder / known[name] if known[name] else None
     raise ArtifactError(
         f"{folder}: no finished index of {retriever or 'any retriever'} (finished here: {', '.join(have) or 'none'}); "
-        "run the recipe to its end"
+        "run the recipe to its end (searching by BM25 alone, --bm25, needs none)"
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from simlm.artifacts import json_digest
+from simlm.artifacts import json_digest, sync
 from simlm.corpus_encoding.files import file_system
 from simlm.errors import ArtifactError, DiskError
 
@@ -72,7 +71,7 @@ class Output:
             with self.system.open_output_stream(begun) as stream:
                 yield stream
             if isinstance(self.system, fs.LocalFileSystem):
-                _sync(begun)
+                sync(begun)
             self.system.move(begun, self._part(number))
         except BaseException:
             with contextlib.suppress(OSError):
@@ -113,11 +112,3 @@ class Output:
         with self.system.open_output_stream(begun) as stream:
             stream.write(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False).encode())
         self.system.move(begun, f"{self.path}/{name}")
-
-
-def _sync(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simlm.artifacts import json_digest, write_json
+from simlm.artifacts import json_digest, sync, write_json
 from simlm.data.store import Table
 from simlm.errors import ArtifactError
 
@@ -162,7 +162,7 @@ class EmbeddingCache:
             for start in range(0, count, BLOCK_ROWS):
                 copy[start : start + BLOCK_ROWS] = segment.vectors[keys[2, start : start + BLOCK_ROWS].astype(np.int64)]
             copy.flush()
-            _sync(building / VECTORS)
+            sync(building / VECTORS)
             _write_part(building / ALL, np.ascontiguousarray(keys[:2].T), np.arange(count, dtype=np.uint64))
             shutil.rmtree(target, ignore_errors=True)
             os.rename(building, target)
@@ -234,13 +234,5 @@ def _link(source: Path, target: Path) -> bool:
 def _copy(source: Path, target: Path) -> None:
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.copyfile(source, temporary)
-    _sync(temporary)
+    sync(temporary)
     os.replace(temporary, target)
-
-
-def _sync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

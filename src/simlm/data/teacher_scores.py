@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from simlm.artifacts import disk_error, json_digest, write_json
+from simlm.artifacts import disk_error, json_digest, sync, write_json
 from simlm.errors import ArtifactError, DataError, ShapeError
 from simlm.rankings import Floats, Ints
 from simlm.types import SPLITS, Split
@@ -286,11 +286,7 @@ def _write_segment(folder: Path, first: int, last: int, count: int, blocks: Iter
         keys_file.flush()
         os.fsync(keys_file.fileno())
     temporary.replace(path)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(folder)
     segment = _Segment.map(path, first, last, count)
     assert path.stat().st_size == _HEADER_BYTES + 12 * count, "the blocks make up the segment"
     return segment

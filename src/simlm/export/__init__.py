@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from simlm.artifacts import disk_error, write_json
+from simlm.artifacts import disk_error, sync, write_json
 from simlm.errors import DataError, nearest
 from simlm.export.finished_run import FinishedRun
 from simlm.progress import Progress
@@ -106,7 +106,7 @@ def _check_place(folder: Path, overwrite: bool) -> None:
 def _put_in_place(work: Path, folder: Path) -> None:
     """The new export under its name; the earlier one goes when the new one is there, and stays if that fails."""
     for file in [*work.rglob("*"), work]:
-        _sync(file)
+        sync(file)
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -117,16 +117,8 @@ def _put_in_place(work: Path, folder: Path) -> None:
         if old.exists():
             os.rename(old, folder)
         raise
-    _sync(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 __all__ = ["INFO", "TARGETS", "FinishedRun", "export_run"]

@@ -22,6 +22,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from simlm.errors import SimlmError
+from simlm.index.vectors import shortened
 from simlm.serve import schemas
 from simlm.serve.engine import Engine
 from simlm.serve.faults import Fault
@@ -185,7 +186,7 @@ def _add_model_routes(app: FastAPI, engine: Engine) -> None:
         texts = [body.input] if isinstance(body.input, str) else body.input
         vectors_ND = await _while_wanted(request, engine.encode(retriever, texts, body.input_type))
         num_tokens = retriever.num_tokens(texts, query=body.input_type == "query")
-        return _json(_embeddings(_cut(vectors_ND, dim), body, num_tokens))
+        return _json(_embeddings(shortened(vectors_ND, dim), body, num_tokens))
 
     @app.post(
         "/rerank",
@@ -224,14 +225,6 @@ def _dimensions(wanted: int | None, dim: int, sizes: tuple[int, ...]) -> int:
         return wanted or dim
     known = ", ".join(str(size) for size in sorted({*sizes, dim}))
     raise Fault(422, "dimensions_not_available", f"dimensions {wanted}: this model's vectors have {known}", param="dimensions")
-
-
-def _cut(vectors_ND: np.ndarray[Any, np.dtype[np.float32]], dim: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """The first numbers of each vector, brought to unit length again."""
-    if dim == vectors_ND.shape[1]:
-        return vectors_ND
-    cut_ND = vectors_ND[:, :dim]
-    return np.asarray(cut_ND / np.maximum(np.linalg.norm(cut_ND, axis=1, keepdims=True), 1e-12), dtype=np.float32)
 
 
 def _embeddings(vectors_ND: np.ndarray[Any, np.dtype[np.float32]], body: schemas.EmbeddingsRequest, num_tokens: int) -> dict[str, Any]:

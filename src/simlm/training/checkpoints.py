@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from simlm.artifacts import disk_error, write_json
+from simlm.artifacts import disk_error, sync, write_json
 from simlm.errors import DiskError
 
 WEIGHTS = "model.safetensors"
@@ -89,11 +89,3 @@ def disk_errors(root: Path, partial: Path | None = None) -> Iterator[None]:
 
 def _disk_is_full(root: Path) -> bool:
     return shutil.disk_usage(root).free < 1 << 20
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,10 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from simlm.artifacts import disk_error
+from simlm.artifacts import disk_error, sync
 from simlm.errors import RecipeError
 from simlm.recipe import TrainingSettings
-from simlm.training.checkpoints import sync
 from simlm.training.sharding import like, whole_tensor
 
 OPTIMIZER_FILE = "optimizer.safetensors"

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 
-from simlm.artifacts import disk_error
+from simlm.artifacts import disk_error, sync
 from simlm.errors import TrainingError
 from simlm.progress import Progress
 from simlm.recipe import TrainingSettings
@@ -44,7 +44,6 @@ from simlm.training.checkpoints import (
     delete_leftovers,
     disk_errors,
     newest_checkpoint,
-    sync,
 )
 from simlm.training.optimizer_state import OPTIMIZER_FILE, check_optimizer, load_optimizer, require_adamw, save_optimizer
 from simlm.training.options import load_best, mixed_precision, num_training_steps, shards, trainer_arguments
