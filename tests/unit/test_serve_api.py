@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import concurrent.futures
+import gc
 import json
 import logging
 import math
@@ -654,6 +655,7 @@ def test_a_reload_answers_from_the_new_state_and_loses_no_request(tmp_path: Path
     other = make_served_run(tmp_path / "other", seed=8, report=False, reranker=False)
     engine = Engine(run, EngineSettings(max_waiting=1000))
     engine.open()
+    assert gc.get_freeze_count() > 0
     client = TestClient(create_app(engine), client=("127.0.0.1", 1))
     before = search(client, mode="dense")["hits"]
     stop = threading.Event()
@@ -679,6 +681,7 @@ def test_a_reload_answers_from_the_new_state_and_loses_no_request(tmp_path: Path
     assert len(statuses) > 3
     assert set(statuses) == {200}
     engine.close()
+    assert gc.get_freeze_count() == 0
 
 
 def test_a_reload_that_fails_leaves_the_old_state(served_run: Path, tmp_path: Path) -> None:

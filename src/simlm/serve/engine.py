@@ -160,6 +160,7 @@ class Engine:
         self.stopping = True
         for lane in (self._searches, self._encodings, self._rerankings):
             lane.close()
+        gc.unfreeze()
 
     def _opened(self) -> ServedRun:
         run = ServedRun(self.folder, retriever=self.settings.retriever, block_list=self.settings.block_list)
