@@ -10,6 +10,7 @@ at a time, from its vector to its results, on one core.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import time
@@ -292,23 +293,20 @@ class _Bench:
         return milliseconds[1:]
 
 
-class _one_core:  # noqa: N801
+@contextlib.contextmanager
+def _one_core() -> Iterator[None]:
     """While it lasts, torch and faiss compute on one core."""
+    import faiss
+    import torch
 
-    def __enter__(self) -> None:
-        import faiss
-        import torch
-
-        self._threads = faiss.omp_get_max_threads(), torch.get_num_threads()
-        faiss.omp_set_num_threads(1)
-        torch.set_num_threads(1)
-
-    def __exit__(self, *_: object) -> None:
-        import faiss
-        import torch
-
-        faiss.omp_set_num_threads(self._threads[0])
-        torch.set_num_threads(self._threads[1])
+    threads = faiss.omp_get_max_threads(), torch.get_num_threads()
+    faiss.omp_set_num_threads(1)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(threads[0])
+        torch.set_num_threads(threads[1])
 
 
 def _vectors(run: Path, name: str) -> Path:

@@ -150,6 +150,12 @@ def test_dense_scores_are_those_of_one_index_over_all(run: Path, file: Path) -> 
     only = np.zeros(63, dtype=bool)
     only[[2, 60, 62]] = True
     assert sorted(index.search(queries_QD, 5, allowed=only)[1][0].tolist()) == [-1, -1, 2, 60, 62]
+    # A passage that is deleted is not found where it is allowed.
+    delete_passages(run, ["new/owl", searcher.store.passages.ids[2]])
+    left = Searcher(run, retriever=None, mode="dense", rerank=False).dense
+    assert left is not None
+    only[61] = True
+    assert sorted(left[1].search(queries_QD, 5, allowed=only)[1][0].tolist()) == [-1, -1, -1, 60, 62]
 
 
 def test_only_the_new_passages_are_encoded(run: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

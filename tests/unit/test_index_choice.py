@@ -20,6 +20,7 @@ from simlm.cli import app
 from simlm.errors import ArtifactError, DataError, SimlmError
 from simlm.evaluation.report.index_choice import conclusion, markdown, terminal_table
 from simlm.index import check_options
+from simlm.index.flat import FlatIndex
 from simlm.index.rescoring import RescoredIndex
 from simlm.index.vectors import SourceVectors
 from simlm.index_choice import Candidate, candidates, choose_index, parse_bytes
@@ -137,6 +138,29 @@ def test_what_was_measured_is_kept(run: Path, few: None) -> None:
         assert row["build_seconds"] > 0
         assert 0 < row["p50_milliseconds"] <= row["p95_milliseconds"]
         assert row["disk_bytes"] >= row["resident_bytes"]
+
+
+def test_times_are_of_one_core(run: Path, few: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import faiss
+
+    search = FlatIndex.search
+    seen: set[tuple[int, int]] = set()
+
+    def watched(self: FlatIndex, *arguments: Any, **options: Any) -> Any:
+        seen.add((faiss.omp_get_max_threads(), torch.get_num_threads()))
+        return search(self, *arguments, **options)
+
+    monkeypatch.setattr(FlatIndex, "search", watched)
+    before = faiss.omp_get_max_threads(), torch.get_num_threads()
+    faiss.omp_set_num_threads(2)
+    torch.set_num_threads(2)
+    try:
+        choose_index(run, budget=10**6, min_quality=0.9)
+        assert seen == {(1, 1)}
+        assert (faiss.omp_get_max_threads(), torch.get_num_threads()) == (2, 2)
+    finally:
+        faiss.omp_set_num_threads(before[0])
+        torch.set_num_threads(before[1])
 
 
 def test_a_budget_that_nothing_fits(run: Path, few: None) -> None:
