@@ -224,17 +224,28 @@ def serve(
     mcp: Annotated[bool, typer.Option("--mcp", help="Tools for agents on standard input and output, in place of HTTP.")] = False,
     mcp_http: Annotated[bool, typer.Option("--mcp-http", help="Tools for agents at /mcp too.")] = False,
     retriever: Annotated[str | None, typer.Option("--retriever", help="Which trained retriever; the best one if left out.")] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option("--precision", help="Of the model that encodes queries: fp32, fp16, bf16, int8; fp16 on x86 processors if left out."),
+    ] = None,
     max_waiting: Annotated[int, typer.Option("--max-waiting", min=1, help="Requests that may wait; more are refused with 429.")] = 64,
     timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds from a request to 504.")] = 30.0,
     log_level: Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")] = "info",
     log_queries: Annotated[bool, typer.Option("--log-queries", help="Write what people search for into the log.")] = False,
 ) -> None:
     """Answer searches of a run over HTTP, with a page, or as tools for agents (--mcp)."""
+    from simlm.models.precision import checked_precision
     from simlm.serve.launch import EngineSettings, ServeOptions, serve_http, serve_tools
 
     if log_level not in ("debug", "info", "warning", "error"):
         raise SimlmError(f"--log-level {log_level!r}: debug, info, warning or error was expected")
-    settings = EngineSettings(retriever=retriever, block_list=block_list, max_waiting=max_waiting, timeout_seconds=timeout)
+    settings = EngineSettings(
+        retriever=retriever,
+        block_list=block_list,
+        max_waiting=max_waiting,
+        timeout_seconds=timeout,
+        precision=None if precision is None else checked_precision(precision, "--precision"),
+    )
     if mcp:
         if mcp_http:
             raise SimlmError("--mcp is standard input and output alone; for tools beside HTTP give --mcp-http without it")

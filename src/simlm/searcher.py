@@ -66,19 +66,27 @@ class Ranking:
 Rankings = dict[ListName, Ranking]
 
 
-def open_run(folder: str | Path, *, retriever: str | None = None, mode: Mode = "dense", rerank: bool = False) -> Searcher:
+def open_run(
+    folder: str | Path,
+    *,
+    retriever: str | None = None,
+    mode: Mode = "dense",
+    rerank: bool = False,
+    query_precision: Precision | None = None,
+) -> Searcher:
     """A searcher over the corpus of a run; loads only what `mode` and `rerank` need.
 
     retriever: a name of RETRIEVERS; none = the first of these that the run has.
+    query_precision: of the model that encodes queries; none = "fast" where the passages were encoded so, else "fp32".
     Raises ArtifactError if the run lacks what is asked for.
     """
-    return Searcher(Path(folder), retriever=retriever, mode=mode, rerank=rerank)
+    return Searcher(Path(folder), retriever=retriever, mode=mode, rerank=rerank, query_precision=query_precision)
 
 
 class Searcher:
     """Models and indexes of a run, loaded once."""
 
-    def __init__(self, folder: Path, *, retriever: str | None, mode: Mode, rerank: bool) -> None:
+    def __init__(self, folder: Path, *, retriever: str | None, mode: Mode, rerank: bool, query_precision: Precision | None = None) -> None:
         from simlm.additions import Additions
         from simlm.data.store import Store
 
@@ -88,6 +96,7 @@ class Searcher:
             )
         self.folder = folder
         self.mode = mode
+        self._query_precision = query_precision
         self.store: Store = Store.open(folder / "store")
         self.additions = Additions.open(folder)
         self.additions.extend_store(self.store)
@@ -206,7 +215,8 @@ class Searcher:
         index = self.additions.extend_index(f"{name}_index", self._open_index(opened))
         self.retriever = name
         # Of a run whose recipe wants speed, on whatever machine it is asked now.
-        precision: Precision = "fast" if encoded.settings.get("precision") in ("int8", "fast") else "fp32"
+        followed: Precision = "fast" if encoded.settings.get("precision") in ("int8", "fast") else "fp32"
+        precision = self._query_precision or followed
         if place is None:
             model = ModelSettings.model_validate(encoded.settings["model"])
             return load_retriever(model, precision=precision, max_query_tokens=int(self.store.info["max_query_tokens"])), index
@@ -278,16 +288,17 @@ def find_retriever(folder: Path, retriever: str | None = None) -> tuple[str, Pat
     )
 
 
-def open_everything(folder: str | Path, *, retriever: str | None = None) -> Searcher:
+def open_everything(folder: str | Path, *, retriever: str | None = None, query_precision: Precision | None = None) -> Searcher:
     """A searcher with all that a run has: both first stages or the one there is, and the re-ranker where there is one.
 
+    retriever, query_precision: as for `open_run`.
     Raises ArtifactError if the run has neither index, or one that does not fit what lies beside it.
     """
     folder = Path(folder)
     dense = any((folder / f"{name}_index").is_dir() for name in retrievers_of(folder))
     bm25 = (folder / "bm25").is_dir()
     mode: Mode = "hybrid" if dense and bm25 else "bm25" if bm25 and retriever is None else "dense"
-    return Searcher(folder, retriever=retriever, mode=mode, rerank=(folder / "reranker").is_dir())
+    return Searcher(folder, retriever=retriever, mode=mode, rerank=(folder / "reranker").is_dir(), query_precision=query_precision)
 
 
 def _search(index: Any, queries: Any, depth: int, allowed: Allowed | None) -> list[Ranking]:

@@ -21,6 +21,7 @@ from simlm.models.biencoder import BiEncoder, pool
 from simlm.models.crossencoder import CrossEncoder
 from simlm.models.inference import Inference, without_full_mask
 from simlm.models.model_folder import read_model_folder, save_tokenizer
+from simlm.models.precision import has_half_weights, resolve_precision
 from simlm.models.reranker import load_reranker
 from simlm.models.retriever import load_retriever
 from simlm.models.text_batches import Sequences, TextTokenizer, batches
@@ -389,6 +390,28 @@ def test_pairs_that_are_none(reranker_folder: Path) -> None:
         reranker.score(None, ["text"])  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"pairs\[1\]: str was given"):
         reranker.score_pairs([("a", "b"), "ab "])  # type: ignore[list-item]
+
+
+def test_weights_of_16_bits_are_near_fp32(retriever_folder: Path, reranker_folder: Path) -> None:
+    if not has_half_weights("cpu"):
+        with pytest.raises(ModelError, match='precision = "fp16" was asked for'):
+            load_retriever(retriever_folder, precision="fp16", device="cpu")
+        return
+    exact, half = (load_retriever(retriever_folder, precision=precision, device="cpu") for precision in ("fp32", "fp16"))
+    texts = ["who keeps a granite kettle", "a", "the marble bicycle stands in the square " * 3]
+    vectors = half.encode_queries(texts)
+    assert half.precision == "fp16"
+    assert 0 < np.abs(vectors - exact.encode_queries(texts)).max() < 1e-3
+    # Each text by itself, whatever its company.
+    assert_allclose(vectors, np.concatenate([half.encode_queries([text]) for text in texts]), atol=1e-6)
+    scores = [load_reranker(reranker_folder, precision=precision, device="cpu").score(texts[0], texts) for precision in ("fp32", "fp16")]
+    assert_allclose(scores[1], scores[0], atol=1e-2)
+    assert not np.array_equal(scores[0], scores[1])
+
+
+def test_weights_of_16_bits_are_refused_on_an_accelerator() -> None:
+    with pytest.raises(ModelError, match=r'"fp16" was asked for on cuda'):
+        resolve_precision("fp16", "cuda")
 
 
 def test_bf16_is_near_fp32(retriever_folder: Path, reranker_folder: Path) -> None:

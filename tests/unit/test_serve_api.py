@@ -26,6 +26,8 @@ import simlm
 from simlm.additions import add_passages, delete_passages
 from simlm.artifacts import read_manifest
 from simlm.errors import ArtifactError, DataError
+from simlm.models.precision import Precision, has_half_weights, has_int8
+from simlm.searcher import open_run
 from simlm.serve import engine as engine_module
 from simlm.serve.app import create_app
 from simlm.serve.engine import Engine, EngineSettings
@@ -60,6 +62,23 @@ def app(engine: Engine) -> FastAPI:
 def client(app: FastAPI) -> TestClient:
     # Not as a context manager: the application does not start or stop the engine that other tests share.
     return TestClient(app, raise_server_exceptions=False)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", None])
+def test_queries_are_encoded_in_the_precision_that_was_asked_for(served_run: Path, precision: Precision | None) -> None:
+    computed = precision or ("fp16" if has_half_weights("cpu") else "fp32")
+    if computed == "int8" and not has_int8("cpu"):
+        pytest.skip("this processor has no products in 8-bit integers")
+    other = Engine(served_run, EngineSettings(precision=precision))
+    other.open()
+    try:
+        assert other.run.retriever().precision == computed
+        exact = open_run(served_run).dense
+        assert exact is not None
+        difference = np.abs(other.run.retriever().encode_queries([QUERY]) - exact[0].encode_queries([QUERY])).max()
+        assert difference == 0 if computed == "fp32" else 0 < difference < {"fp16": 1e-3, "int8": 5e-2}[computed]
+    finally:
+        other.close()
 
 
 def search(client: TestClient, **body: Any) -> Any:

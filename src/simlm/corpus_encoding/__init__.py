@@ -10,14 +10,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 from simlm.corpus_encoding.output import Output
 from simlm.corpus_encoding.pieces import Corpus, Piece
 from simlm.corpus_encoding.worker import Encoder, Job
 from simlm.errors import ArtifactError, DataError, nearest
 from simlm.export.finished_run import FinishedRun
-from simlm.models.precision import Precision
+from simlm.models.precision import checked_precision
 from simlm.progress import Progress
 from simlm.recipe import ModelSettings
 
@@ -73,8 +73,7 @@ def make_job(model: str, output: str, *, retriever: str | None = None, precision
 
     Raises DataError for an unknown precision, or a retriever named of what is no run.
     """
-    if precision not in get_args(Precision):
-        raise DataError(f"precision: found {precision!r}; one of {', '.join(get_args(Precision))} was expected")
+    checked_precision(precision, "precision")
     if (Path(model) / "store").is_dir():
         run = FinishedRun(Path(model), retriever)
         # A starting model reads as much of a passage as the run's store kept.

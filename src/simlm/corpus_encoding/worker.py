@@ -19,6 +19,7 @@ from simlm.recipe import ModelSettings
 from simlm.types import Passage
 
 if TYPE_CHECKING:
+    from simlm.models.precision import Computed
     from simlm.models.retriever import Retriever
 
 CHUNK = 8192
@@ -37,7 +38,7 @@ class Job:
     output: str
     digest: str
     dim: int
-    precision: Literal["fp32", "bf16", "int8"] = "fp32"
+    precision: Computed = "fp32"
     dtype: Literal["float32", "float16"] = "float32"
     max_passage_tokens: int | None = None
     on_bad_record: Literal["error", "skip"] = "error"

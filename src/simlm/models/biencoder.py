@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from simlm.artifacts import disk_error, write_json
 from simlm.errors import ModelError
 from simlm.models.backbone import load_encoder, max_positions, quiet, takes_token_types
-from simlm.models.first_state import first_states, has_shortcut
+from simlm.models.direct_layers import first_states, has_direct_layers, last_states
 from simlm.models.model_folder import SIMLM_FILE, Pooling, read_model_folder, save_tokenizer
 from simlm.recipe import ModelSettings
 
@@ -37,8 +37,11 @@ class BiEncoder(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None) -> Tensor:
         """float32 [B, D], unit length. attention_mask None means that no row is padded (mean pooling then takes every position)."""
-        if self.pooling == "cls" and has_shortcut(self.encoder):
+        direct = has_direct_layers(self.encoder)
+        if direct and self.pooling == "cls":
             pooled_BH = first_states(self.encoder, input_ids, attention_mask, token_type_ids)
+        elif direct and not self.encoder.training:
+            pooled_BH = pool(last_states(self.encoder, input_ids, attention_mask, token_type_ids), attention_mask, self.pooling)
         else:
             types = {"token_type_ids": token_type_ids} if takes_token_types(self.encoder) else {}
             hidden_BTH = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from simlm.artifacts import disk_error, write_json
 from simlm.errors import ModelError
-from simlm.models.backbone import has_fresh_head, load_classifier, quiet, takes_token_types
+from simlm.models.backbone import encoder_of, has_fresh_head, load_classifier, quiet, takes_token_types
 from simlm.models.biencoder import check_positions
+from simlm.models.direct_layers import first_states, has_direct_layers
 from simlm.models.model_folder import SIMLM_FILE, read_model_folder, save_tokenizer
 from simlm.recipe import ModelSettings
 
@@ -42,8 +43,12 @@ class CrossEncoder(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None) -> Tensor:
         """float32 [B]: the higher the more relevant; comparable within a query only."""
-        types = {"token_type_ids": token_type_ids} if takes_token_types(self.classifier) else {}
-        logits_B1: Tensor = self.classifier(input_ids=input_ids, attention_mask=attention_mask, **types).logits
+        encoder = encoder_of(self.classifier)
+        if has_direct_layers(encoder):
+            logits_B1 = _logits(self.classifier, first_states(encoder, input_ids, attention_mask, token_type_ids))
+        else:
+            types = {"token_type_ids": token_type_ids} if takes_token_types(self.classifier) else {}
+            logits_B1 = self.classifier(input_ids=input_ids, attention_mask=attention_mask, **types).logits
         return logits_B1.squeeze(-1).float()
 
     def save(self, folder: Path | str, tokenizer: PreTrainedTokenizerFast, *, max_pair_tokens: int) -> None:
@@ -100,3 +105,12 @@ class CrossEncoder(nn.Module):
         if has_fresh_head(classifier):
             raise ModelError(f"{settings.start}: an encoder without a trained re-ranking head; give the folder of a train_reranker step")
         return cls(classifier)
+
+
+def _logits(classifier: PreTrainedModel, first_BH: Tensor) -> Tensor:
+    """[B, labels], from the encoder's last states of the first position: all that the heads of these architectures read."""
+    head, pooler = classifier.get_submodule("classifier"), getattr(encoder_of(classifier), "pooler", None)
+    states_B1H = first_BH[:, None]
+    # ELECTRA's and RoBERTa's heads take the first position by themselves.
+    logits_B1: Tensor = head(states_B1H if pooler is None else classifier.get_submodule("dropout")(pooler(states_B1H)))
+    return logits_B1

@@ -1,4 +1,4 @@
-"""Models at work: batches through a bi-encoder or cross-encoder without gradients, on one device, in fp32, bf16 or int8."""
+"""Models at work: batches through a bi-encoder or cross-encoder without gradients, on one device, in fp32, fp16, bf16 or int8."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from simlm.errors import ModelError
+from simlm.models.half_weights import to_half_weights
 from simlm.models.int8 import to_int8
 from simlm.models.precision import Computed, Precision, best_device, resolve_precision
 from simlm.runtime import MemoryBound
@@ -26,7 +27,8 @@ class Inference:
 
     In bf16 the matrix products run in bf16, with weights converted once; norms, residuals and results stay float32. On two cores that is
     as fast as everything in bf16 and closer to fp32 (160 passages of medquad: cosines differ by 0.002 at most, not 0.004). In int8 the same
-    products run in 8-bit integers (see models/int8.py). Raises ModelError if int8 is asked for where there is none.
+    products run in 8-bit integers (see models/int8.py), in fp16 they take weights of 16 bits (models/half_weights.py). Raises ModelError
+    if int8 or fp16 is asked for where there is none.
     """
 
     def __init__(self, model: nn.Module, *, precision: Precision = "fp32", device: str | torch.device | None = None) -> None:
@@ -35,6 +37,8 @@ class Inference:
         self.model = model.to(device=self.device, dtype=torch.float32).eval()
         if self.precision == "int8":
             to_int8(self.model)
+        elif self.precision == "fp16":
+            to_half_weights(self.model)
         elif self.precision == "bf16":
             for module in model.modules():
                 # Not subclasses: the cross-encoder's last layer is one, and keeps float32.

@@ -1,8 +1,9 @@
-"""Which device computes, and where bf16 and int8 pay.
+"""Which device computes, and where bf16, int8 and weights of 16 bits pay.
 
 bf16 is "fast" where the processor multiplies bf16 matrices itself: CUDA devices from compute capability 8, x86 with AVX512-BF16 or
 AMX, ARM with the bf16 extension. Elsewhere it is emulated, and slower than fp32. int8 products are there on x86 processors; how much they
-gain depends on VNNI.
+gain depends on VNNI. fp16 is fp32 with weights of 16 bits, on x86 processors: a short text alone is bound by reading the weights, and takes
+half of the time.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ from __future__ import annotations
 import platform
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import torch
 
-from simlm.errors import ModelError
+from simlm.errors import DataError, ModelError
 
-Precision = Literal["auto", "fp32", "bf16", "int8", "fast"]
-Computed = Literal["fp32", "bf16", "int8"]
+Precision = Literal["auto", "fp32", "fp16", "bf16", "int8", "fast"]
+Computed = Literal["fp32", "fp16", "bf16", "int8"]
 """What a precision can come to on a device."""
 
 _CPU_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
@@ -54,14 +55,34 @@ def has_int8(device_type: str) -> bool:
     return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
+def has_half_weights(device_type: str) -> bool:
+    """Whether a device multiplies with weights of 16 bits here: x86 processors, with FBGEMM, which torch's builds for them bring."""
+    return device_type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
+
+
+def checked_precision(precision: str, where: str) -> Precision:
+    """The precision, if it is one; DataError otherwise. where: what the error calls it."""
+    if precision not in get_args(Precision):
+        raise DataError(f"{where}: found {precision!r}; one of {', '.join(get_args(Precision))} was expected")
+    return cast("Precision", precision)
+
+
 def resolve_precision(wanted: Precision, device_type: str) -> Computed:
     """What a device ("cpu", "cuda" ...) computes in.
 
     "auto" and "fast" are bf16 where it is fast. Elsewhere "auto" is fp32, and "fast" int8 where there is that. Told from the kind of
-    processor, never by timing: the same machine gives the same vectors every time. Raises ModelError for "int8" where there is none.
+    processor, never by timing: the same machine gives the same vectors every time. Raises ModelError for "int8" and "fp16" where there is
+    none.
     """
     if wanted == "fp32":
         return "fp32"
+    if wanted == "fp16":
+        if not has_half_weights(device_type):
+            raise ModelError(
+                f'precision = "fp16" was asked for on {device_type} of {platform.machine()}; it is there on x86 processors only; '
+                'use "auto", which computes in bf16 where that is fast'
+            )
+        return "fp16"
     if wanted == "bf16" or (wanted != "int8" and resolve_bf16("auto", device_type)):
         return "bf16"
     if wanted == "auto" or (wanted == "fast" and not has_int8(device_type)):

@@ -29,6 +29,7 @@ from simlm.serve.schemas import SearchRequest
 from simlm.serve.served_run import Asked, ServedRun
 
 if TYPE_CHECKING:
+    from simlm.models.precision import Precision
     from simlm.models.reranker import Reranker
     from simlm.models.retriever import Retriever
 
@@ -60,6 +61,8 @@ class EngineSettings:
     max_batch: int = 16
     search_threads: int = 0
     """Searches at work at the same time; 0 = one a core, one alone where an accelerator computes."""
+    precision: Precision | None = None
+    """Of the model that encodes queries; none = weights of 16 bits on an x86 processor, else as the run's passages were encoded."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +166,12 @@ class Engine:
         gc.unfreeze()
 
     def _opened(self) -> ServedRun:
-        run = ServedRun(self.folder, retriever=self.settings.retriever, block_list=self.settings.block_list)
+        run = ServedRun(
+            self.folder,
+            retriever=self.settings.retriever,
+            block_list=self.settings.block_list,
+            query_precision=self.settings.precision or _default_precision(),
+        )
         _warm_up(run)
         if run.unknown_ids:
             log.warning(
@@ -217,6 +225,13 @@ def _default_threads() -> int:
     import torch
 
     return 1 if torch.accelerator.is_available() else min(os.cpu_count() or 1, MOST_THREADS)
+
+
+def _default_precision() -> Precision | None:
+    """Queries come one by one, so that reading the weights is what they wait for."""
+    from simlm.models.precision import best_device, has_half_weights
+
+    return "fp16" if has_half_weights(best_device().type) else None
 
 
 def _default_wait() -> float:

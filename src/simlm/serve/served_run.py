@@ -21,6 +21,7 @@ from simlm.serve.report import read_report
 from simlm.serve.schemas import MAX_K, MAX_QUERY_CHARACTERS, SearchRequest
 
 if TYPE_CHECKING:
+    from simlm.models.precision import Precision
     from simlm.models.reranker import Reranker
     from simlm.models.retriever import Retriever
 
@@ -44,9 +45,16 @@ class ServedRun:
     DataError if the block list cannot be used.
     """
 
-    def __init__(self, folder: Path, *, retriever: str | None = None, block_list: Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        retriever: str | None = None,
+        block_list: Path | None = None,
+        query_precision: Precision | None = None,
+    ) -> None:
         self.name = folder.resolve().name
-        self.searcher = open_everything(folder, retriever=retriever)
+        self.searcher = open_everything(folder, retriever=retriever, query_precision=query_precision)
         self.table = self.searcher.store.passages
         self.blocked: Mask | None = None
         self.unknown_ids: list[str] = []
