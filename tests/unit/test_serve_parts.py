@@ -51,12 +51,30 @@ def test_highlights_do_not_overlap() -> None:
     assert Highlighter(WordTerms(Analyzer("none")), "東東").spans("東" * 5000 + " " + "x" * 5000) == [(0, 5000)]
 
 
+def test_what_was_seen_before_changes_no_highlight() -> None:
+    """The words that a term stands for are collected as passages go by: later queries and texts must find them, old and new."""
+    terms_of = WordTerms(Analyzer("english"))
+    text = "a dog runs, dogs ran; 東京 dog-run"
+    for query, expected in (
+        ("runs", ["runs", "run"]),
+        ("dog", ["dog", "dogs", "dog"]),
+        ("running dogs", ["dog", "runs", "dogs", "dog", "run"]),
+    ):
+        highlighter = Highlighter(terms_of, query)
+        assert [text[start:end] for start, end in highlighter.spans(text)] == expected
+        assert [start for start, _ in highlighter.spans("dogged runner")] == [start for start, _ in highlighter.spans("dogged runner")]
+        # A form of the word that no passage had before.
+        assert highlighter.spans("Dogs' " if "dog" in query else "RUNNING ") != []
+
+
 def test_remembered_words_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(highlights, "REMEMBERED_WORDS", 3)
     terms_of = WordTerms(Analyzer("english"))
     text = "one dog two dogs three dogged four doggy"
     assert [text[start:end] for start, end in Highlighter(terms_of, "dogs").spans(text)] == ["dog", "dogs", "dogged"]
-    assert len(terms_of) <= 3
+    # Full: the next one starts afresh, and finds the same.
+    assert len(terms_of.seen().terms) == 0
+    assert [text[start:end] for start, end in Highlighter(terms_of, "dogs").spans(text)] == ["dog", "dogs", "dogged"]
 
 
 # --- filters

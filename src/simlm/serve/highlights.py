@@ -11,68 +11,89 @@ Spans = list[tuple[int, int]]
 _WORD = re.compile(r"[^\W_]+(?:[\u0300-\u036f][^\W_]*)*")
 """Letters and digits with the accents that are written after them; what the analyzer takes apart further is taken apart below."""
 REMEMBERED_WORDS = 200_000
-"""Some 40 MB; past that they are looked up afresh."""
+"""Some 80 MB; past that they are looked up afresh."""
 
 
-class WordTerms(dict[str, frozenset[str]]):
-    """Word -> its terms. Kept for as long as a run is open: the words of answers are few, and looking them up is most of the work."""
+class _Seen:
+    """Words and their terms, and the words that each term stands for."""
+
+    def __init__(self) -> None:
+        self.terms: dict[str, frozenset[str]] = {}
+        self.words: dict[str, set[str]] = {}
+
+
+class WordTerms:
+    """Word -> its terms, and back. Kept for as long as a run is open: the words of answers are few, and looking them up takes long."""
 
     def __init__(self, analyzer: Analyzer) -> None:
-        super().__init__()
         self.analyzer = analyzer
+        self._seen = _Seen()
 
-    def __missing__(self, word: str) -> frozenset[str]:
-        if len(self) >= REMEMBERED_WORDS:
-            self.clear()
-        self[word] = terms = frozenset(self.analyzer.terms(word))
+    def seen(self) -> _Seen:
+        """What is remembered; whoever has it may go on with it after it was given up for a new one."""
+        if len(self._seen.terms) >= REMEMBERED_WORDS:
+            self._seen = _Seen()
+        return self._seen
+
+    def learn(self, seen: _Seen, word: str) -> frozenset[str]:
+        """The word's terms, remembered."""
+        terms = frozenset(self.analyzer.terms(word))
+        for term in terms:
+            seen.words.setdefault(term, set()).add(word)
+        seen.terms[word] = terms
         return terms
 
 
 class Highlighter:
-    """Spans for one query; what a word matches is worked out once, however often it comes."""
+    """Spans for one query; which words match it is known from the words that were seen with its terms before."""
 
     def __init__(self, terms_of: WordTerms, query: str) -> None:
-        self._words = _Words(terms_of, frozenset(terms_of.analyzer.terms(query)))
+        self._terms_of = terms_of
+        self._seen = terms_of.seen()
+        self._terms = frozenset(terms_of.analyzer.terms(query))
+        self._matching: set[str] = set().union(*(self._seen.words.get(term, ()) for term in self._terms))
+        self._parts: dict[str, Spans] = {}
 
     def spans(self, text: str) -> Spans:
         """[start, end) of each match in characters of `text`, in order, without overlaps."""
-        if not self._words.terms:
+        if not self._terms:
             return []
-        words, found = self._words, Spans()
+        words = set(_WORD.findall(text))
+        for word in words.difference(self._seen.terms):
+            if not self._terms.isdisjoint(self._terms_of.learn(self._seen, word)):
+                self._matching.add(word)
+        if self._matching.isdisjoint(words):
+            return []
+        found = Spans()
         for match in _WORD.finditer(text):
-            parts = words[match.group()]
-            if parts:
+            word = match.group()
+            if word in self._matching:
                 start = match.start()
-                found += [(start + begin, start + end) for begin, end in parts]
+                found += [(start + begin, start + end) for begin, end in self._parts_of(word)]
         return found
 
-
-class _Words(dict[str, Spans]):
-    """Word -> the parts of it that match, made when they are first asked for."""
-
-    def __init__(self, terms_of: WordTerms, terms: frozenset[str]) -> None:
-        super().__init__()
-        self.terms_of = terms_of
-        self.terms = terms
-
-    def __missing__(self, word: str) -> Spans:
-        self[word] = parts = [] if self.terms.isdisjoint(self.terms_of[word]) else self._parts(word)
-        return parts
-
-    def _parts(self, word: str) -> Spans:
+    def _parts_of(self, word: str) -> Spans:
         """Of a word that matches: all of it, or pairs of its characters where those are the terms, neighbours joined."""
-        own = self.terms_of[word]
-        if len(own) == 1 or word in own:
-            return [(0, len(word))]
+        if word in self._parts:
+            return self._parts[word]
+        own = self._terms_of_word(word)
         merged: Spans = []
-        for begin in range(len(word) - 1):
-            if self.terms.isdisjoint(self.terms_of[word[begin : begin + 2]]):
-                continue
-            if merged and begin <= merged[-1][1]:
-                merged[-1] = (merged[-1][0], begin + 2)
-            else:
-                merged.append((begin, begin + 2))
+        if len(own) == 1 or word in own:
+            merged.append((0, len(word)))
+        else:
+            for begin in range(len(word) - 1):
+                if self._terms.isdisjoint(self._terms_of_word(word[begin : begin + 2])):
+                    continue
+                if merged and begin <= merged[-1][1]:
+                    merged[-1] = (merged[-1][0], begin + 2)
+                else:
+                    merged.append((begin, begin + 2))
+        self._parts[word] = merged
         return merged
+
+    def _terms_of_word(self, word: str) -> frozenset[str]:
+        known = self._seen.terms.get(word)
+        return self._terms_of.learn(self._seen, word) if known is None else known
 
 
 __all__ = ["Highlighter", "Spans", "WordTerms"]
