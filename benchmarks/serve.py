@@ -251,11 +251,20 @@ class Connections:
         self.port = port
         self.idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
+    def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
+        """A connection that the server has not closed for being idle; as every HTTP client does, others are dropped."""
+        while self.idle:
+            reader, writer = self.idle.pop()
+            if not reader.at_eof():
+                return reader, writer
+            writer.close()
+        return None
+
     async def post(self, path: str, body: dict[str, Any]) -> int:
         """Status of the answer, which is read to its end."""
         content = json.dumps(body).encode()
         head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
-        reader, writer = self.idle.pop() if self.idle else await asyncio.open_connection("127.0.0.1", self.port)
+        reader, writer = self._open() or await asyncio.open_connection("127.0.0.1", self.port)
         writer.write(head.encode() + content)
         headers = await reader.readuntil(b"\r\n\r\n")
         length = int(headers.lower().split(b"content-length:")[1].split(b"\r\n")[0])
