@@ -1,6 +1,7 @@
 """Passages a second of simlm's encoding against SentenceTransformer.encode, in one run, on the same texts and weights.
 
 python benchmarks/encode.py [BEIR_FOLDER] [--passages 512] [--rounds 3] [--threads 2] [--quality 500x5000] [--only NAME,NAME]
+python benchmarks/encode.py --device cuda --passages 20000 --peak-tflops 989    # both sides on the GPU, with model-FLOP utilisation
 
 Texts are passages of squad ($SIMLM_DATA/squad, else ../shared/data/squad) with their natural lengths up to 144 tokens, the model is the
 packaged MiniLM; everybody starts from strings. Each contestant is a process of its own; they take turns, each round in another order,
@@ -13,6 +14,9 @@ sentence-transformers, allocator the same with the allocator set as simlm sets i
                                  The network is exported and quantised here and put into SentenceTransformer.encode, because the
                                  packages that its own loader needs (optimum-onnx 0.1, optimum-intel 2.2) refuse transformers 5.23
 simlm, fp32 | auto | int8        precisions of simlm's; "auto" where that is bf16
+sentence-transformers, batches of 512 | bf16
+                                 on a GPU alone, where its default batches of 32 texts are small: larger ones in fp32, and the same with the
+                                 whole model in bf16. Allocator and the engines above are a CPU's and left out there
 
 Prints a table and, last, one line of JSON:
 
@@ -24,6 +28,8 @@ fastest_speedup_any_backend  the same against the quickest of sentence-transform
 fastest_quality_ratio        RR@10 of fastest_mode / of simlm in fp32: dev queries of the folder over its passages; null without --quality
 fastest_cosine               lowest and mean cosine of its vectors to those of sentence-transformers
 cpu_seconds                  of each contestant's round with the least: blind to what else the machine does, and to idle cores
+peak_megabytes               on a GPU: highest memory that torch has allocated in any round, the weights included
+model_flop_utilisation       with --peak-tflops: operations that the model needs for the texts' tokens, a second, of the peak
 """
 
 from __future__ import annotations
@@ -42,8 +48,13 @@ from typing import Any
 
 INSTALLED, TUNED = "sentence-transformers", "sentence-transformers, allocator"
 BACKENDS = [f"sentence-transformers, {engine}" for engine in ("onnx", "onnx int8", "openvino", "openvino int8")]
+LARGE_BATCHES, HALF = "sentence-transformers, batches of 512", "sentence-transformers, bf16"
 EXACT = "simlm, fp32"
-CONTESTANTS = [INSTALLED, TUNED, *BACKENDS, EXACT, "simlm, auto", "simlm, int8"]
+CONTESTANTS = {
+    "cpu": [INSTALLED, TUNED, *BACKENDS, EXACT, "simlm, auto", "simlm, int8"],
+    "cuda": [INSTALLED, LARGE_BATCHES, HALF, EXACT, "simlm, auto"],
+}
+LARGE_BATCH = 512
 START = "packaged:all-MiniLM-L6-v2"
 SEED = 0
 CALIBRATION_TEXTS = 128
@@ -59,21 +70,20 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--max-tokens", type=int, default=144)
     parser.add_argument("--quality", default="", help="queries x passages to measure RR@10 with, as 500x5000; default: not measured")
-    parser.add_argument(
-        "--only", default=",".join(CONTESTANTS).replace(", ", "/"), help='names with "/" for ", ", as sentence-transformers,simlm/int8'
-    )
+    parser.add_argument("--device", choices=list(CONTESTANTS), default="cpu", help="of all contestants")
+    parser.add_argument("--peak-tflops", type=float, help="of the device; prints the model-FLOP utilisation")
+    parser.add_argument("--only", help='names with "/" for ", ", as sentence-transformers,simlm/int8; default: all of the device')
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        worker(options.worker, options.work, options.threads, options.max_tokens)
+        worker(options.worker, options.work, options.threads, options.max_tokens, options.device)
         return
-    names = [name.strip().replace("/", ", ") for name in options.only.split(",")]
-    unknown = [name for name in names if name not in CONTESTANTS]
+    known = CONTESTANTS[options.device]
+    names = [name.strip().replace("/", ", ") for name in options.only.split(",")] if options.only else known
+    unknown = [name for name in names if name not in known]
     if unknown or INSTALLED not in names or EXACT not in names:
-        parser.error(
-            f"--only: {', '.join(unknown) or 'a contestant is missing'}; {INSTALLED} and simlm/fp32 among {', '.join(CONTESTANTS)}"
-        )
+        parser.error(f"--only: {', '.join(unknown) or 'a contestant is missing'}; {INSTALLED} and simlm/fp32 among {', '.join(known)}")
     with tempfile.TemporaryDirectory() as folder:
         compete(names, Path(folder), options)
 
@@ -105,7 +115,9 @@ def compete(names: list[str], work: Path, options: argparse.Namespace) -> None:
         assert process.stdin is not None
         process.stdin.close()
         process.wait()
-    print_table(len(texts), seconds, cosines, quality, options)
+    on_gpu = options.device == "cuda"
+    memory = {name: round(max(answer["peak_bytes"] for answer in answers) / 1e6) for name, answers in rounds.items()} if on_gpu else {}
+    print_table(len(texts), seconds, cosines, quality, memory, options)
     peers = [name for name in processes if not name.startswith("simlm")]
     figures = {
         "fp32_speedup": round(seconds[INSTALLED] / seconds[EXACT], 3),
@@ -121,18 +133,45 @@ def compete(names: list[str], work: Path, options: argparse.Namespace) -> None:
         "cpu_seconds": cpu_seconds,
         "threads": options.threads,
     }
+    if on_gpu:
+        figures |= {"device": options.device, "peak_megabytes": memory}
+    if options.peak_tflops:
+        needed = model_flops(texts, options.max_tokens)
+        used = {name: needed / value / (options.peak_tflops * 1e12) for name, value in seconds.items()}
+        for name, share in used.items():
+            print(f"{name}: model-FLOP utilisation {share:.1%} of {options.peak_tflops:g} TFLOP/s")
+        figures["model_flop_utilisation"] = {name: round(share, 5) for name, share in used.items()}
     print(json.dumps(figures))
 
 
+def model_flops(texts: list[str], max_tokens: int) -> float:
+    """Floating-point operations that encoding the texts needs, with nothing for padding: products alone, 2 a multiply-add."""
+    from transformers import AutoConfig
+
+    from simlm.models.backbone import load_tokenizer, resolve_model
+    from simlm.models.text_batches import TextTokenizer
+
+    config = AutoConfig.from_pretrained(resolve_model(START))
+    lengths = TextTokenizer(load_tokenizer(START)).encode(texts, max_tokens).lengths().astype(float)
+    weights = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size
+    return float(config.num_hidden_layers * (2 * weights * lengths.sum() + 4 * config.hidden_size * (lengths**2).sum()))
+
+
 def print_table(
-    count: int, seconds: dict[str, float], cosines: dict[str, Any], quality: dict[str, float], options: argparse.Namespace
+    count: int,
+    seconds: dict[str, float],
+    cosines: dict[str, Any],
+    quality: dict[str, float],
+    memory: dict[str, int],
+    options: argparse.Namespace,
 ) -> None:
+    """memory: peak MB of each contestant; empty where it is not measured."""
     from rich.console import Console
     from rich.table import Table
 
     title = f"{count} passages, at most {options.max_tokens} tokens, {options.threads} threads, best of {options.rounds} rounds"
     table = Table(title=title, title_justify="left")
-    for column in ("", "passages/s", "times as installed", "cosine to it: lowest", "mean", "RR@10"):
+    for column in ("", "passages/s", "times as installed", "cosine to it: lowest", "mean", "RR@10", *(["peak MB"] if memory else [])):
         table.add_column(column, justify="left" if not column else "right")
     for name, value in seconds.items():
         table.add_row(
@@ -142,6 +181,7 @@ def print_table(
             f"{cosines[name].min():.5f}",
             f"{cosines[name].mean():.5f}",
             f"{quality[name]:.4f}" if name in quality else "",
+            *([f"{memory[name]:,}"] if memory else []),
         )
     Console(width=120).print(table)
 
@@ -192,7 +232,7 @@ def reciprocal_rank(name: str, processes: dict[str, Any], work: Path, corpus: di
 
 def start(name: str, work: Path, options: argparse.Namespace) -> subprocess.Popen[str]:
     command = [sys.executable, __file__, "--worker", name, "--work", str(work)]
-    command += ["--threads", str(options.threads), "--max-tokens", str(options.max_tokens)]
+    command += ["--threads", str(options.threads), "--max-tokens", str(options.max_tokens), "--device", options.device]
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "RAYON_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
@@ -222,7 +262,7 @@ def answer_of(process: subprocess.Popen[str], what: str) -> dict[str, Any]:
     return answer
 
 
-def worker(name: str, work: Path, num_threads: int, max_tokens: int) -> None:
+def worker(name: str, work: Path, num_threads: int, max_tokens: int, device: str) -> None:
     """Answer each line of the standard input, the name of a file of texts, with the seconds that encoding them took."""
     from simlm.runtime import tune_allocator
 
@@ -236,7 +276,10 @@ def worker(name: str, work: Path, num_threads: int, max_tokens: int) -> None:
     torch.set_num_threads(num_threads)
     texts = json.loads((work / "texts.json").read_text(encoding="utf-8"))
     try:
-        encode = simlm_encoder(name, max_tokens) if name.startswith("simlm") else peer_encoder(name, work, max_tokens, num_threads, texts)
+        if name.startswith("simlm"):
+            encode = simlm_encoder(name, max_tokens, device)
+        else:
+            encode = peer_encoder(name, work, max_tokens, num_threads, texts, device)
     except (ImportError, NotImplementedError) as error:
         print(json.dumps({"skipped": str(error).splitlines()[0]}), file=told, flush=True)
         return
@@ -244,31 +287,38 @@ def worker(name: str, work: Path, num_threads: int, max_tokens: int) -> None:
     print(json.dumps({}), file=told, flush=True)
     for line in sys.stdin:
         texts = json.loads((work / f"{line.strip()}.json").read_text(encoding="utf-8"))
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
         started, cpu_started = time.perf_counter(), time.process_time()
         vectors = encode(texts)
+        if device == "cuda":
+            torch.cuda.synchronize()
         answer = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu_started}
+        if device == "cuda":
+            answer["peak_bytes"] = torch.cuda.max_memory_allocated()
         np.save(work / f"{name}.npy", vectors)
         print(json.dumps(answer), file=told, flush=True)
 
 
-def simlm_encoder(name: str, max_tokens: int) -> Callable[[list[str]], Any]:
+def simlm_encoder(name: str, max_tokens: int, device: str) -> Callable[[list[str]], Any]:
     from simlm.models.precision import has_int8, resolve_precision
     from simlm.models.retriever import load_retriever
 
     precision: Any = name.removeprefix("simlm, ")
-    if precision == "auto" and resolve_precision("auto", "cpu") == "fp32":
+    if precision == "auto" and resolve_precision("auto", device) == "fp32":
         raise NotImplementedError("this processor has no bf16, so it is fp32")
-    if precision == "int8" and not has_int8("cpu"):
+    if precision == "int8" and not has_int8(device):
         raise NotImplementedError("no int8 on this processor")
-    return load_retriever(START, precision=precision, device="cpu", max_passage_tokens=max_tokens).encode_passages
+    return load_retriever(START, precision=precision, device=device, max_passage_tokens=max_tokens).encode_passages
 
 
-def peer_encoder(name: str, work: Path, max_tokens: int, num_threads: int, texts: list[str]) -> Callable[[list[str]], Any]:
+def peer_encoder(name: str, work: Path, max_tokens: int, num_threads: int, texts: list[str], device: str) -> Callable[[list[str]], Any]:
     from sentence_transformers import SentenceTransformer
 
     from simlm.models.backbone import resolve_model
 
-    peer = SentenceTransformer(resolve_model(START), device="cpu")
+    peer = SentenceTransformer(resolve_model(START), device=device)
     peer.max_seq_length = max_tokens
     if name in BACKENDS:
         engine = name.removeprefix("sentence-transformers, ").removesuffix(" int8")
@@ -276,7 +326,18 @@ def peer_encoder(name: str, work: Path, max_tokens: int, num_threads: int, texts
         make = onnx_session if engine == "onnx" else openvino_session
         session = make(peer[0].model, example, work / name, num_threads, int8=name.endswith("int8"))
         replace_forward(peer[0].model, session)
+    if name == HALF:
+        peer.bfloat16()
+    if name in (LARGE_BATCHES, HALF):
+        return lambda wanted: unit_vectors(peer.encode(wanted, batch_size=LARGE_BATCH, convert_to_tensor=True))
     return lambda wanted: peer.encode(wanted, normalize_embeddings=True)
+
+
+def unit_vectors(vectors_ND: Any) -> Any:
+    """A tensor of vectors as a float32 array, brought to unit length in fp32: in bf16 it is known to three digits only."""
+    import torch
+
+    return torch.nn.functional.normalize(vectors_ND.float(), dim=1).cpu().numpy()
 
 
 Session = Callable[[dict[str, Any]], Any]

@@ -1,9 +1,10 @@
 """Speed and memory of training a retriever against the sentence-transformers trainer, in one run.
 
 python benchmarks/train_retriever.py [--queries 64] [--group-size 8] [--pooling cls|mean] [--rounds 2]
+python benchmarks/train_retriever.py --device cuda --bf16 --only plain,cached,ours,ours_dropout    # on a GPU, both sides in bf16
 
 All train the same checkpoint (packaged MiniLM) on the same groups of squad ($SIMLM_DATA/squad, else ../shared/data/squad): a question, its
-paragraph and random paragraphs, at their natural lengths up to --max-tokens, fp32, AdamW, gradients clipped. Theirs is
+paragraph and random paragraphs, at their natural lengths up to --max-tokens, fp32 (or --bf16), AdamW, gradients clipped. Theirs is
 SentenceTransformerTrainer with MultipleNegativesRankingLoss, and with its cached variant (default mini-batches of 32); ours is what
 `simlm train-retriever` runs. Each contestant is a process of its own and they take turns, each round in another order, because machines
 are noisy; a step is timed from the reading of its texts (theirs tokenises, ours reads its store) to the next one's.
@@ -14,8 +15,9 @@ speedup_same_allocator   the same with their allocator set as ours is
 speedup_same_dropout     as speedup, ours with the checkpoint's dropout, as theirs has it (--dropout changes that of ours alone)
 memory_ratio             ours / their plain loss, of the highest resident set above that before the first step, default allocator
 memory_ratio_total       the same of the whole resident set
-out_of_memory            contestants that the system has killed
+out_of_memory            contestants that the system has killed, or that found too little memory on the GPU
 queries_per_second       of each contestant
+On a GPU memory is what torch has allocated there, in place of the resident set.
 """
 
 from __future__ import annotations
@@ -77,6 +79,12 @@ class Job:
     pooling: str
     micro_batch_tokens: int
     threads: int
+    device: str
+    bf16: bool
+
+
+OUT_OF_MEMORY = 77
+"""Exit status of a worker that found too little memory on the GPU."""
 
 
 def main() -> None:
@@ -101,6 +109,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--micro-batch-tokens", type=int, default=16384, help="of ours: tokens whose activations are kept")
     parser.add_argument("--dropout", type=float, default=0.0, help="of ours; theirs has the checkpoint's own")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of all contestants")
+    parser.add_argument("--bf16", action="store_true", help="mixed precision for all contestants; default: fp32")
     parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
     parser.add_argument("--only", help="comma-separated keys of contestants, for example ours,plain")
     parser.add_argument("--data", type=Path, help="a BEIR folder")
@@ -166,22 +176,52 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
 class Turns:
     """Takes turns with the other processes: `next_step` answers with the last step's time and waits for the order to go on."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self._device = device
         self._started: float | None = None
         self._before_bytes = 0
 
     def next_step(self) -> None:
+        synchronize(self._device)
         if self._started is None:
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # sets VmHWM back to the present
-            self._before_bytes = memory("VmRSS")
+            self._before_bytes = start_memory(self._device)
             answer: dict[str, Any] = {"ready": True}
         else:
-            answer = {"seconds": time.perf_counter() - self._started, "peak_bytes": memory("VmHWM"), "before_bytes": self._before_bytes}
+            seconds = time.perf_counter() - self._started
+            answer = {"seconds": seconds, "peak_bytes": peak_memory(self._device), "before_bytes": self._before_bytes}
         sys.__stdout__.write(json.dumps(answer) + "\n")  # type: ignore[union-attr]
         sys.__stdout__.flush()  # type: ignore[union-attr]
         if not sys.stdin.readline():
             os._exit(0)  # the competition is over, with the trainer in the middle of its steps
         self._started = time.perf_counter()
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has done what it was given; a CPU has."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def start_memory(device: str) -> int:
+    """Bytes in use now; `peak_memory` counts from here on."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # sets VmHWM back to the present
+    return memory("VmRSS")
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: highest resident set of the process, or most that torch had allocated on the GPU."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    return memory("VmHWM")
 
 
 def memory(name: str) -> int:
@@ -203,7 +243,11 @@ def work(job: Job) -> None:
         torch.set_num_threads(job.threads)
     Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")  # where memory ends, end this process and not another
     sys.stdout = sys.stderr  # trainers print; the answers alone go to standard output
-    (train_ours if job.loss == "ours" else train_theirs)(job)
+    try:
+        (train_ours if job.loss == "ours" else train_theirs)(job)
+    except torch.cuda.OutOfMemoryError as error:
+        print(error, file=sys.stderr)
+        sys.exit(OUT_OF_MEMORY)
 
 
 def train_ours(job: Job) -> None:
@@ -225,7 +269,7 @@ def train_ours(job: Job) -> None:
         micro_batch_tokens=job.micro_batch_tokens,
         dropout=job.dropout,
         dev=DevSettings(num_queries=0),
-        training=TrainingSettings(learning_rate=LEARNING_RATE, max_steps=10_000, bf16=False),
+        training=TrainingSettings(learning_rate=LEARNING_RATE, max_steps=10_000, bf16=job.bf16, use_cpu=job.device == "cpu"),
     )
     groups = TrainingGroups(
         Groups.load(folder / "groups"),
@@ -234,7 +278,7 @@ def train_ours(job: Job) -> None:
         queries_per_step=job.queries,
         seed=SEED,
     )
-    turns = Turns()
+    turns = Turns(job.device)
     load = ContrastiveBatches.load
 
     def load_in_turn(batches: ContrastiveBatches, step: int, rank: int, num_ranks: int) -> Any:
@@ -274,7 +318,7 @@ def train_theirs(job: Job) -> None:
     transformer = Transformer(
         resolve_model(START), query_length=job.max_query_tokens, document_length=job.max_tokens, max_seq_length=job.max_tokens
     )
-    model = SentenceTransformer(modules=[transformer, Pooling(384, job.pooling), Normalize()], device="cpu")
+    model = SentenceTransformer(modules=[transformer, Pooling(384, job.pooling), Normalize()], device=job.device)
     rows = json.loads((folder / "texts.json").read_text(encoding="utf-8"))
     columns = ["anchor", "positive", *(f"negative_{number}" for number in range(1, job.group_size))]
     dataset = Dataset.from_dict({name: [row[place] for row in rows] for place, name in enumerate(columns)})
@@ -282,7 +326,7 @@ def train_theirs(job: Job) -> None:
 
     class TakesTurns(TrainerCallback):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.turns = Turns()
+            self.turns = Turns(job.device)
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             self.turns.next_step()
@@ -299,7 +343,8 @@ def train_theirs(job: Job) -> None:
         report_to="none",
         disable_tqdm=True,
         seed=SEED,
-        use_cpu=True,
+        use_cpu=job.device == "cpu",
+        bf16=job.bf16,
     )
     SentenceTransformerTrainer(model=model, args=arguments, train_dataset=dataset, loss=loss, callbacks=[TakesTurns()]).train()
 
@@ -308,7 +353,7 @@ def train_theirs(job: Job) -> None:
 
 
 class OutOfMemoryError(Exception):
-    """The system has killed a contestant."""
+    """The system has killed a contestant, or the GPU had too little memory for it."""
 
 
 class Worker:
@@ -327,6 +372,8 @@ class Worker:
             pooling=options.pooling,
             micro_batch_tokens=options.micro_batch_tokens,
             threads=options.threads,
+            device=options.device,
+            bf16=options.bf16,
         )
         self._name = contestant.name
         self._process = subprocess.Popen(
@@ -352,7 +399,7 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             code = self._process.wait()
-            if code == -signal.SIGKILL:
+            if code in (-signal.SIGKILL, OUT_OF_MEMORY):
                 raise OutOfMemoryError
             raise SystemExit(f"{self._name}: its process ended with code {code}; its error is above")
         answer: dict[str, Any] = json.loads(line)
@@ -372,7 +419,7 @@ def compete(entered: dict[str, Contestant], folder: Path, options: argparse.Name
                 worker = Worker(replace(contestant, dropout=dropout), folder, options)
                 worker.step()
             except OutOfMemoryError:
-                print(f"{contestant.name}: killed by the system, out of memory; it is left out", file=sys.stderr)
+                print(f"{contestant.name}: out of memory; it is left out", file=sys.stderr)
                 continue
             workers[key], results[key] = worker, {"seconds": []}
         for number in range(options.rounds):
@@ -382,7 +429,7 @@ def compete(entered: dict[str, Contestant], folder: Path, options: argparse.Name
                     answer = workers[key].step()
                 except OutOfMemoryError:
                     raise SystemExit(
-                        f"{entered[key].name}: killed by the system, out of memory: the contestants together need more than there is; "
+                        f"{entered[key].name}: out of memory: the contestants together need more than there is; "
                         "lower --queries, or leave some out with --only"
                     ) from None
                 results[key]["seconds"].append(answer["seconds"])
@@ -402,7 +449,7 @@ def report(entered: dict[str, Contestant], results: dict[str, dict[str, Any]], o
 
     table = Table(
         title=f"{options.queries} queries x {options.group_size} passages of up to {options.max_tokens} tokens, {options.pooling} pooling, "
-        f"{options.rounds} rounds",
+        f"{options.rounds} rounds, {options.device}{', bf16' if options.bf16 else ''}",
         title_justify="left",
     )
     for column in ("", "queries/s", "seconds a step", "times theirs", "peak MB", "above start"):
@@ -413,7 +460,7 @@ def report(entered: dict[str, Contestant], results: dict[str, dict[str, Any]], o
         table.add_row(
             entered[key].name,
             f"{result['queries_per_second']:.2f}",
-            f"{min(result['seconds']):.1f}..{max(result['seconds']):.1f}",
+            f"{min(result['seconds']):.3g}..{max(result['seconds']):.3g}",
             times,
             f"{result['peak_bytes'] / 1e6:.0f}",
             f"{(result['peak_bytes'] - result['before_bytes']) / 1e6:.0f}",
@@ -448,6 +495,8 @@ def summary(entered: dict[str, Contestant], results: dict[str, dict[str, Any]], 
         "pooling": options.pooling,
         "micro_batch_tokens": options.micro_batch_tokens,
         "dropout": options.dropout,
+        "device": options.device,
+        "bf16": options.bf16,
         "queries_per_second": {key: round(result["queries_per_second"], 3) for key, result in results.items()},
     }
 
