@@ -1,12 +1,13 @@
 """Which recipe makes the better retriever: sentence-transformers' documented ones, or simlm's four stages?
 
 python benchmarks/recipe_quality.py [squad|medquad|scifact ...] [--steps 30] [--queries 32] [--group-size 3] [--work FOLDER]
-    [--parts ours,negatives,mnrl ...] [--distilled-start start|retriever2] [--if-worse mix|skip|go_on] [--interpolate]
+    [--parts ours,negatives,mnrl ...] [--first-negatives start|bm25] [--num-negatives 0] [--temperature 0.05]
+    [--distilled-start start|retriever2] [--if-worse mix|skip|go_on] [--interpolate]
 
 Everyone starts from packaged MiniLM, trains on the same queries with as many queries and passages a step for as many steps, cut to the
 same lengths, and is measured on the same test queries over the same passages ($SIMLM_DATA or ../shared/data):
 
-ours           retriever 1 (BM25's negatives), retriever 2 (mined with it), re-ranker, distilled retriever: `simlm run`
+ours           `simlm run`: retriever 1 (negatives of the start, or of BM25), retriever 2 (mined with it), re-ranker, distilled retriever
 negatives      hard negatives of sentence_transformers.util.mine_hard_negatives (relative margin 0.05, the top ones), and then
 mnrl           MultipleNegativesRankingLoss as documented: scale 20, learning rate 2e-5, warm-up 0.1
 mnrl_our_rate  the same with the learning rate of simlm's retrievers
@@ -85,6 +86,9 @@ class Size:
     if_worse: str
     interpolate: bool
     check_queries: int
+    first_negatives: str
+    num_negatives: int
+    temperature: float
 
 
 OF_DATA = ("dataset", "passage_tokens", "query_tokens", "train_queries", "test_queries", "passages", "seed")
@@ -129,6 +133,7 @@ def size_of(dataset: str, options: argparse.Namespace) -> Size:
     given = {name: getattr(options, name) for name in Size.__annotations__ if name != "dataset"}
     given["peer_steps"] = given["peer_steps"] or given["steps"]
     given["teacher_queries"] = given["teacher_queries"] or given["steps"] * given["queries"]
+    given["num_negatives"] = given["num_negatives"] or given["group_size"] - 1
     given["teacher_depth"] = given["teacher_depth"] or 2 * (given["group_size"] - 1)
     return Size(dataset=dataset, **given)
 
@@ -156,6 +161,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--if-worse", choices=["mix", "skip", "go_on"], default="mix", help="what ours does with a teacher that is worse")
     parser.add_argument("--interpolate", action="store_true", help="ours always teaches the best mixture of re-ranker and retriever 2")
     parser.add_argument("--check-queries", type=int, default=150, help="dev queries that ours compares teacher and student on")
+    parser.add_argument("--first-negatives", choices=["start", "bm25"], default="start", help="whose negatives our retriever 1 takes")
+    parser.add_argument("--num-negatives", type=int, default=0, help="of a query that ours draws from, hardest first; 0 = a group's worth")
+    parser.add_argument("--temperature", type=float, default=0.05, help="of our retrievers 1 and 2; theirs has 0.05, the paper 0.02")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--work", type=Path, default=Path("runs/recipe_quality"))
     parser.add_argument("--parts", default=",".join(NEEDS), help="comma-separated")
@@ -215,6 +223,8 @@ def recipe_of(size: Size, folder: Path) -> Any:
         "dev": {"num_queries": 0},
         "training": {"learning_rate": size.learning_rate, "max_steps": size.steps},
     }
+    mining = {"depth": 100, "num_negatives": size.num_negatives, "below_positive": 0.95}
+    contrastive = retriever | {"temperature": size.temperature}
     return parse_recipe(
         {
             "name": "ours",
@@ -229,9 +239,11 @@ def recipe_of(size: Size, folder: Path) -> Any:
             },
             "prepare": {"max_passage_tokens": size.passage_tokens, "max_query_tokens": size.query_tokens},
             "model": {"start": START, "pooling": "mean"},
-            "mining": {"depth": 100, "num_negatives": 50},
-            "retriever1": retriever,
-            "retriever2": retriever,
+            "mining": mining | {"num_negatives": max(size.num_negatives, size.reranker_group - 1)},
+            "retriever1_mining": mining | ({"mix": {"start": 1.0}} if size.first_negatives == "start" else {}),
+            "retriever2_mining": mining,
+            "retriever1": contrastive,
+            "retriever2": contrastive,
             "reranker": {
                 "queries_per_step": size.reranker_queries,
                 "group_size": size.reranker_group,

@@ -154,6 +154,11 @@ save_steps = 100                # a killed run goes on from the last checkpoint
 
 [mining]                        # hard negatives from the top of BM25, then of the retriever itself
 depth = @depth@
+# below_positive = 0.95         # leave out what scores nearly as the positive does: likely relevant too
+# Where a start that retrieves already is trained for few steps, the hardest negatives first teach most (docs/negatives.md):
+# num_negatives = 3
+# [retriever1_mining]
+# mix = { start = 1.0 }
 
 [retriever1]                    # trained on BM25 negatives
 queries_per_step = 64           # over all devices together
