@@ -25,6 +25,8 @@ def overrides(name: str, folder: Path) -> list[str]:
         return [
             *changes,
             'data.options={packages=["json", "logging", "argparse"], train_queries=40, dev_queries=8, test_queries=12, max_passages=100}',
+            # The toy model starts from scratch, so it has no negatives to begin with.
+            "retriever1_mining.mix={}",
         ]
     if name == "no_labels":
         changes += ["pseudo_queries.num_queries=120", 'consistency.by="bm25"', 'hybrid_teacher.dense="best"']
