@@ -62,7 +62,6 @@ def test_what_was_seen_before_changes_no_highlight() -> None:
     ):
         highlighter = Highlighter(terms_of, query)
         assert [text[start:end] for start, end in highlighter.spans(text)] == expected
-        assert [start for start, _ in highlighter.spans("dogged runner")] == [start for start, _ in highlighter.spans("dogged runner")]
         # A form of the word that no passage had before.
         assert highlighter.spans("Dogs' " if "dog" in query else "RUNNING ") != []
 
