@@ -2,9 +2,9 @@
 
 python benchmarks/recipe_quality.py [squad|medquad|scifact ...] [--steps 30] [--queries 32] [--group-size 3] [--work FOLDER]
     [--parts ours,negatives,mnrl ...] [--first-negatives start|bm25] [--num-negatives 0] [--temperature 0.05]
-    [--distilled-start start|retriever2] [--if-worse mix|skip|go_on] [--interpolate]
+    [--distilled-start start|retriever2] [--if-worse mix|skip|go_on] [--interpolate] [--start CHECKPOINT]
 
-Everyone starts from packaged MiniLM, trains on the same queries with as many queries and passages a step for as many steps, cut to the
+Everyone starts from the same checkpoint (packaged MiniLM, or --start), trains on the same queries with as many queries and passages a step for as many steps, cut to the
 same lengths, and is measured on the same test queries over the same passages ($SIMLM_DATA or ../shared/data):
 
 ours           `simlm run`: retriever 1 (negatives of the start, or of BM25), retriever 2 (mined with it), re-ranker, distilled retriever
@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-START = "packaged:all-MiniLM-L6-v2"
+PACKAGED = "packaged:all-MiniLM-L6-v2"
 MEASURES = ["RR@10", "nDCG@10", "R@50"]
 DOCUMENTED_RATE = 2e-5
 STAGES = {"start": "Starting model", "retriever1": "Retriever 1", "retriever2": "Retriever 2", "distilled": "Distilled retriever"}
@@ -89,9 +89,10 @@ class Size:
     first_negatives: str
     num_negatives: int
     temperature: float
+    start: str
 
 
-OF_DATA = ("dataset", "passage_tokens", "query_tokens", "train_queries", "test_queries", "passages", "seed")
+OF_DATA = ("start", "dataset", "passage_tokens", "query_tokens", "train_queries", "test_queries", "passages", "seed")
 OF_TEACHER = ("reranker_steps", "reranker_queries", "reranker_group", "teacher_queries")
 DEPENDS: dict[str, tuple[str, ...]] = {
     "store": (),
@@ -164,6 +165,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--first-negatives", choices=["start", "bm25"], default="start", help="whose negatives our retriever 1 takes")
     parser.add_argument("--num-negatives", type=int, default=0, help="of a query that ours draws from, hardest first; 0 = a group's worth")
     parser.add_argument("--temperature", type=float, default=0.05, help="of our retrievers 1 and 2; theirs has 0.05, the paper 0.02")
+    parser.add_argument("--start", default=PACKAGED, help="a checkpoint's folder, or packaged:NAME")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--work", type=Path, default=Path("runs/recipe_quality"))
     parser.add_argument("--parts", default=",".join(NEEDS), help="comma-separated")
@@ -174,7 +176,7 @@ def parse_options() -> argparse.Namespace:
 
 def depends(part: str, size: Size) -> dict[str, Any]:
     """The options that decide what a part makes."""
-    names = [*OF_DATA, *DEPENDS[part]]
+    names = [name for name in (*OF_DATA, *DEPENDS[part]) if name != "start" or size.start != PACKAGED]
     found = {name: getattr(size, name) for name in names}
     for needed in NEEDS[part]:
         found |= depends(needed, size)
@@ -238,7 +240,7 @@ def recipe_of(size: Size, folder: Path) -> Any:
                 "max_queries": {"train": size.train_queries, "dev": 300, "test": size.test_queries},
             },
             "prepare": {"max_passage_tokens": size.passage_tokens, "max_query_tokens": size.query_tokens},
-            "model": {"start": START, "pooling": "mean"},
+            "model": {"start": size.start, "pooling": "mean"},
             "mining": mining | {"num_negatives": max(size.num_negatives, size.reranker_group - 1)},
             "retriever1_mining": mining | ({"mix": {"start": 1.0}} if size.first_negatives == "start" else {}),
             "retriever2_mining": mining,
@@ -309,12 +311,12 @@ def starting_model(size: Size) -> Any:
     from simlm.models.backbone import resolve_model
 
     transformer = Transformer(
-        resolve_model(START),
+        resolve_model(size.start),
         query_length=size.query_tokens,
         document_length=size.passage_tokens,
         max_seq_length=size.passage_tokens,
     )
-    return SentenceTransformer(modules=[transformer, Pooling(384, "mean"), Normalize()], device="cpu")
+    return SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension(), "mean"), Normalize()], device="cpu")
 
 
 def mine(size: Size, folder: Path) -> None:
@@ -355,7 +357,7 @@ def train_teacher(part: str, size: Size, folder: Path) -> None:
     tuned()
     rows = json.loads((folder / "negatives.json").read_text(encoding="utf-8"))
     torch.manual_seed(size.seed)
-    model = CrossEncoder(resolve_model(START), num_labels=1, max_length=size.passage_tokens + size.query_tokens, device="cpu")
+    model = CrossEncoder(resolve_model(size.start), num_labels=1, max_length=size.passage_tokens + size.query_tokens, device="cpu")
     pairs = [(row[0], text, float(place == 0)) for row in rows for place, text in enumerate(row[1 : size.reranker_group + 1])]
     dataset = Dataset.from_dict({"query": [p[0] for p in pairs], "passage": [p[1] for p in pairs], "label": [p[2] for p in pairs]})
     arguments = CrossEncoderTrainingArguments(
@@ -484,7 +486,7 @@ def report(size: Size, folder: Path) -> dict[str, Any]:
     ours = [key for key in ("distilled", "retriever2") if key in systems]
     table = Table(
         title=f"{size.dataset}: {len(queries):,} test queries, {len(store.passages):,} passages, {size.steps} steps of {size.queries} x "
-        f"{size.group_size} (theirs {size.peer_steps}), seed {size.seed}",
+        f"{size.group_size} (theirs {size.peer_steps}), start {size.start}, seed {size.seed}",
         title_justify="left",
     )
     columns = [column for key in ours for column in (f"{key}: RR@10", "p", "nDCG@10", "p")]

@@ -2,7 +2,7 @@
 
 python benchmarks/rerank.py [BEIR_FOLDER] [--pairs 1024] [--device cpu|cuda]
 
-Without a folder the pairs are titles and sections of Python's own documentation. Both start from the texts. The re-ranker is
+Without a folder the pairs are summaries and texts of Python's own documentation and numpy's. Both start from the texts. The re-ranker is
 all-MiniLM-L6-v2 with a fresh head: how fast it is does not depend on what it has learned. Each contestant is a process of its own, because
 the allocator is set once a process; they take turns, in an order that turns round, and the best round of each counts, because machines are
 noisy. Prints a table and, last, one line of JSON: speedup (to the peer as installed), speedup_same_allocator (to the peer with simlm's
@@ -156,8 +156,8 @@ def read_pairs(folder: Path | None, number: int) -> list[tuple[str, str]]:
     if folder is None:
         from simlm.data.python_docs import collect
 
-        passages = [passage for passage in collect(["stdlib", "numpy"]).passages if passage.title]
-        texts, queries = [passage.body for passage in passages], [passage.title for passage in passages]
+        passages = [passage for passage in collect(["stdlib", "numpy"]).passages if passage.body]
+        texts, queries = [passage.body for passage in passages], [passage.summary for passage in passages]
     else:
         from simlm.data.datasets import open_dataset
         from simlm.data.formats import BadRecords
