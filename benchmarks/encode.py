@@ -257,7 +257,7 @@ def answer_of(process: subprocess.Popen[str], what: str) -> dict[str, Any]:
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
-        sys.exit(f"{process.args}: ended with code {process.wait()} without an answer to {what!r}; its error is above")
+        sys.exit(f"{process.args!r}: ended with code {process.wait()} without an answer to {what!r}; its error is above")
     answer: dict[str, Any] = json.loads(line)
     return answer
 

@@ -91,7 +91,7 @@ def recall(options: argparse.Namespace) -> float:
         # At the cut a passage may be replaced by one that scores the same to the last bit but one.
         even = np.abs(found["ours", "scores"][part] - found["brute", "scores"][part][:, -1:]) < 1e-6
         hits += int((np.isin(own, theirs) | even).sum())
-    return hits / found["ours", "rows"].size
+    return hits / int(found["ours", "rows"].size)
 
 
 def report(options: argparse.Namespace, figures: dict[str, Any]) -> None:
@@ -143,7 +143,7 @@ def run_contestant(options: argparse.Namespace) -> dict[str, Any]:
         if options.contestant == "ours":
             scores, rows = index.search(queries_QD, options.depth, memory_bytes=options.memory_budget * 2**20)
         else:
-            scores, rows = brute_force(queries_QD, index.vectors_ND, options.depth)
+            scores, rows = brute_force(queries_QD, index.vectors.block(0, options.passages), options.depth)
         seconds += time.perf_counter() - started
         kept["scores"][start : start + block], kept["rows"][start : start + block] = scores, rows
     return {"seconds": seconds, "peak_bytes": peak_memory_bytes() - before, "block": min(block, options.queries)}

@@ -18,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributions import Categorical
-from transformers import PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 
 from simlm.data.batches import collate
@@ -34,7 +33,7 @@ IGNORED = -100
 class PlainSimLM(nn.Module):
     """Encoder with head, decoder layers, frozen generator; `forward` gives the loss of one batch."""
 
-    def __init__(self, masked_lm: PreTrainedModel, generator: PreTrainedModel, *, mask_token_id: int, decoder_layers: int = 2) -> None:
+    def __init__(self, masked_lm: Any, generator: Any, *, mask_token_id: int, decoder_layers: int = 2) -> None:
         """masked_lm, generator: BertForMaskedLM."""
         super().__init__()
         self.encoder = masked_lm
@@ -65,14 +64,16 @@ class PlainSimLM(nn.Module):
             hidden_BTH = layer(hidden_BTH, mask)
         logits_BTV = self.encoder.cls(hidden_BTH)
         decoder_loss = nn.functional.cross_entropy(logits_BTV.view(-1, logits_BTV.shape[-1]), labels.view(-1), ignore_index=IGNORED)
-        return outputs.loss + decoder_loss
+        loss: Tensor = outputs.loss + decoder_loss
+        return loss
 
     @torch.no_grad()
     def _replace(self, input_ids: Tensor, labels: Tensor, masked: Tensor, fixed: dict[str, Tensor]) -> Tensor:
         masked_labels = torch.where(masked, labels, IGNORED)
         masked_ids = torch.where(masked, self.mask_token_id, input_ids)
         outputs = self.generator(input_ids=masked_ids, labels=masked_labels, **fixed)
-        sampled = Categorical(logits=outputs.logits).sample()
+        categorical: Any = Categorical(logits=outputs.logits)
+        sampled = categorical.sample()
         return torch.where(masked, sampled, input_ids)
 
 

@@ -302,7 +302,8 @@ def build_plain(job: Job) -> tuple[StepFunction, Callable[[int], int]]:
 
     def take_step(step: int) -> float:
         total = 0.0
-        cut = batches.batches(*steps.passages(step), job.plain_passages or job.passages_per_step)
+        rows_S, epochs_S = steps.passages(step)
+        cut = batches.batches(rows_S, epochs_S, job.plain_passages or job.passages_per_step)
         for batch in cut:
             with torch.autocast(job.device, dtype=torch.bfloat16, enabled=job.bf16):
                 loss = task(**on_device(batch, job.device)) / len(cut)
@@ -414,16 +415,12 @@ def matmul_rate(order: dict[str, Any], job: Job) -> float:
         left, right = (torch.randn(*size, device=job.device).to(dtype) for size in ((m, k), (n, k)))
         output = left @ right.T
         gradients = torch.empty_like(left), torch.empty_like(right)
-        for multiply in (
-            lambda a=left, b=right, out=output: torch.mm(a, b.T, out=out),
-            lambda a=output, b=right, out=gradients[0]: torch.mm(a, b, out=out),
-            lambda a=output, b=left, out=gradients[1]: torch.mm(a.T, b, out=out),
-        ):
+        for factors, out in (((left, right.T), output), ((output, right), gradients[0]), ((output.T, left), gradients[1])):
             seconds = []
             for _ in range(4):
                 synchronize(job.device)
                 started = time.perf_counter()
-                multiply()
+                torch.mm(*factors, out=out)
                 synchronize(job.device)
                 seconds.append(time.perf_counter() - started)
             total_seconds += min(seconds) * count

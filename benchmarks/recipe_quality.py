@@ -4,8 +4,9 @@ python benchmarks/recipe_quality.py [squad|medquad|scifact ...] [--steps 30] [--
     [--parts ours,negatives,mnrl ...] [--first-negatives start|bm25] [--num-negatives 0] [--temperature 0.05]
     [--distilled-start start|retriever2] [--if-worse mix|skip|go_on] [--interpolate] [--start CHECKPOINT]
 
-Everyone starts from the same checkpoint (packaged MiniLM, or --start), trains on the same queries with as many queries and passages a step for as many steps, cut to the
-same lengths, and is measured on the same test queries over the same passages ($SIMLM_DATA or ../shared/data):
+Everyone starts from the same checkpoint (packaged MiniLM, or --start), trains on the same queries with as many queries and passages a
+step for as many steps, cut to the same lengths, and is measured on the same test queries over the same
+passages ($SIMLM_DATA or ../shared/data):
 
 ours           `simlm run`: retriever 1 (negatives of the start, or of BM25), retriever 2 (mined with it), re-ranker, distilled retriever
 negatives      hard negatives of sentence_transformers.util.mine_hard_negatives (relative margin 0.05, the top ones), and then

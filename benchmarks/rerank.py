@@ -95,7 +95,7 @@ def ask(process: subprocess.Popen[str], word: str) -> dict[str, Any]:
     process.stdin.flush()
     line = process.stdout.readline()
     if not line:
-        sys.exit(f"{process.args}: ended without an answer to {word!r}")
+        sys.exit(f"{process.args!r}: ended without an answer to {word!r}")
     answer: dict[str, Any] = json.loads(line)
     return answer
 

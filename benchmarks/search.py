@@ -51,10 +51,12 @@ from typing import Any
 
 import numpy as np
 
+from simlm.types import Split
+
 START = "packaged:all-MiniLM-L6-v2"
 SEED = 0
 CHUNK = 1024
-QUERIES = {"dev": 600, "test": 1800}
+QUERIES: dict[Split, int] = {"dev": 600, "test": 1800}
 MAX_TOKENS = 64
 DEPTH = 100
 TIMED_QUERIES = 500
@@ -457,7 +459,7 @@ def open_other(name: str, file: Path) -> Search:
     if name.startswith("usearch"):
         from usearch.index import Index
 
-        index = Index.restore(str(file))
+        index: Any = Index.restore(str(file))
         return lambda queries_QD, depth: np.asarray(index.search(queries_QD, depth, threads=1).keys).reshape(len(queries_QD), -1)
     import voyager
 

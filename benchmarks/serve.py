@@ -284,7 +284,7 @@ async def ask_once(port: int) -> int:
 # --- the run that is served
 
 
-def prepare(work: Path, encoded: int, index: str, index_options: dict[str, Any]) -> Path:
+def prepare(work: Path, encoded: int, index: Any, index_options: dict[str, Any]) -> Path:
     """The run's folder; what is there already is kept."""
     from simlm.artifacts import read_manifest
     from simlm.recipe import IndexSettings
@@ -409,7 +409,7 @@ def serve_plainly(work: Path, port: int) -> None:
         dense = dense[np.argsort(-scores[dense])]
         tokens = bm25s.tokenize(query, stemmer=stemmer, show_progress=False, return_ids=False)
         lexical, _ = words.retrieve(tokens, k=200, show_progress=False)
-        fused: Counter[int] = Counter()
+        fused: Any = Counter()
         for rows in (dense.tolist(), lexical[0].tolist()):
             for rank, row in enumerate(rows, start=1):
                 fused[row] += 1 / (60 + rank)

@@ -269,7 +269,9 @@ def train_ours(job: Job) -> None:
         micro_batch_tokens=job.micro_batch_tokens,
         dropout=job.dropout,
         dev=DevSettings(num_queries=0),
-        training=TrainingSettings(learning_rate=LEARNING_RATE, max_steps=10_000, bf16=job.bf16, use_cpu=job.device == "cpu"),
+        training=TrainingSettings.model_validate(
+            {"learning_rate": LEARNING_RATE, "max_steps": 10_000, "bf16": job.bf16, "use_cpu": job.device == "cpu"}
+        ),
     )
     groups = TrainingGroups(
         Groups.load(folder / "groups"),
@@ -285,7 +287,7 @@ def train_ours(job: Job) -> None:
         turns.next_step()
         return load(batches, step, rank, num_ranks)
 
-    ContrastiveBatches.load = load_in_turn  # type: ignore[method-assign]
+    setattr(ContrastiveBatches, "load", load_in_turn)  # noqa: B010
     model = BiEncoder(load_encoder(settings.model, dropout=job.dropout), job.pooling)  # type: ignore[arg-type]
     work_folder = folder / f"ours-{os.getpid()}"
     work_folder.mkdir()
@@ -324,7 +326,7 @@ def train_theirs(job: Job) -> None:
     dataset = Dataset.from_dict({name: [row[place] for row in rows] for place, name in enumerate(columns)})
     loss = (CachedMultipleNegativesRankingLoss if job.loss == "cached" else MultipleNegativesRankingLoss)(model)
 
-    class TakesTurns(TrainerCallback):  # type: ignore[misc]
+    class TakesTurns(TrainerCallback):
         def __init__(self) -> None:
             self.turns = Turns(job.device)
 
@@ -476,13 +478,13 @@ def summary(entered: dict[str, Contestant], results: dict[str, dict[str, Any]], 
         rates = [results[key]["queries_per_second"] for key in theirs if key in results]
         if ours not in results or not rates:
             return None
-        return round(results[ours]["queries_per_second"] / max(rates), 3)
+        return float(round(results[ours]["queries_per_second"] / max(rates), 3))
 
     def memory_ratio(above_start: bool) -> float | None:
         if "ours" not in results or "plain" not in results:
             return None
         used = [results[key]["peak_bytes"] - above_start * results[key]["before_bytes"] for key in ("ours", "plain")]
-        return round(used[0] / used[1], 3)
+        return float(round(used[0] / used[1], 3))
 
     return {
         "speedup": speedup("ours", ("plain", "cached")),
