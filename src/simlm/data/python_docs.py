@@ -8,6 +8,7 @@ source files are parsed, a few built-in modules (already loaded) are asked. Whic
 from __future__ import annotations
 
 import ast
+import gc
 import importlib.util
 import inspect
 import json
@@ -387,6 +388,7 @@ def _parse_all(jobs: list[Job], num_workers: int) -> Iterator[_Module]:
 
 def _serve() -> None:
     """A parsing process: jobs as JSON in, one line of JSON a module out."""
+    gc.disable()  # A syntax tree has no cycles, and to look for them takes a fifth of the time.
     for job in json.load(sys.stdin):
         module = _parse_job(job)
         sys.stdout.write(json.dumps([module.package, module.module, module.all_names, module.docs]) + "\n")
