@@ -68,7 +68,8 @@ class Additions:
         folder = run / FOLDER
         try:
             state = json.loads((folder / CURRENT).read_text(encoding="utf-8"))
-            store, names, deletions = state["store"], state["segments"], state["deleted"]
+            store, names, deletions = state["store"], [str(name) for name in state["segments"]], state["deleted"]
+            deletions = None if deletions is None else (str(deletions["file"]), str(deletions["sha256"]))
         except FileNotFoundError:
             return cls(run, (), np.empty(0, np.int64))
         except (ValueError, KeyError, TypeError) as error:
@@ -79,8 +80,8 @@ class Additions:
             )
         deleted = np.empty(0, np.int64)
         if deletions is not None:
-            file = folder / deletions["file"]
-            if not file.is_file() or file_digest(file) != deletions["sha256"]:
+            file = folder / deletions[0]
+            if not file.is_file() or file_digest(file) != deletions[1]:
                 raise ArtifactError(f"{file}: absent or not the file that {CURRENT} names; delete {folder} and add the passages again")
             deleted = np.load(file, allow_pickle=False)
         return cls(run, tuple(folder / name for name in names), deleted)
@@ -108,7 +109,7 @@ class Additions:
     def extend_index(self, name: str, index: Any) -> Any:
         """The index `name` of the run together with those of the segments; the index itself where nothing was added or deleted.
 
-        Raises ArtifactError if a segment was encoded by another model than the run's passages.
+        Raises ArtifactError if a segment was encoded by another model than the run's passages, or is compared by other numbers.
         """
         from simlm.index import open_index
         from simlm.index.segments import SegmentedIndex
@@ -118,10 +119,19 @@ class Additions:
         for segment in self.segments:
             self._check_segment(segment, name)
         parts = [index, *(open_index(segment / name) for segment in self.segments)]
+        for part in parts[1:]:
+            if _numbers_compared(part) != _numbers_compared(index):
+                raise ArtifactError(
+                    f"{part.folder}: compares {_numbers_compared(part)} numbers of a vector, the run's index {_numbers_compared(index)}, "
+                    f"so their scores say different things; {self._again()}"
+                )
         return SegmentedIndex(parts, index.takes, self.alive(sum(map(len, parts))))
 
+    def _again(self) -> str:
+        return f"bring what was added up to the run's models: simlm add-passages {self.run}"
+
     def _check_segment(self, segment: Path, name: str) -> None:
-        again = f"bring what was added up to the run's models: simlm add-passages {self.run}"
+        again = self._again()
         if not (segment / name).is_dir():
             raise ArtifactError(f"{segment}: has no {name!r}, the passages were added for another retriever; {again} --retriever NAME")
         if name == "bm25":
@@ -130,6 +140,12 @@ class Additions:
         here, there = (read_manifest(folder / encoded, "embeddings") for folder in (segment, self.run))
         if (here.inputs.get("model"), _model_of(here)) != (there.inputs.get("model"), _model_of(there)):
             raise ArtifactError(f"{segment / encoded}: encoded by an earlier model than the run's passages; {again}")
+
+
+def _numbers_compared(index: Any) -> int | None:
+    """Numbers of a vector that an index's scores come from; None where it compares words."""
+    info: dict[str, Any] = index.info
+    return info.get("dim") if info.get("rescore") else info.get("cut", info.get("dim"))
 
 
 @dataclass(frozen=True)

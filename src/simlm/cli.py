@@ -29,6 +29,7 @@ StartOverOption = Annotated[
     list[str] | None,
     typer.Option("--start-over", metavar="STEP", help="Delete the interrupted work of this step first; may be repeated."),
 ]
+Context = typer.Context
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run (runs/NAME).")]
 
 
@@ -55,6 +56,19 @@ def main() -> None:
     except KeyboardInterrupt:
         typer.secho("stopped; the same command goes on where it was", fg="yellow", err=True)
         sys.exit(130)
+
+
+def _refuse(context: typer.Context, names: str, why: str) -> None:
+    """SimlmError for the first of these options that was given; names: of parameters, separated by blanks."""
+    for parameter in context.command.params:
+        if parameter.name in names.split() and _is_given(context, parameter.name):
+            raise SimlmError(f"{parameter.opts[0]} {why}; leave it out")
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option stands in the command."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _version(value: bool) -> None:
@@ -169,13 +183,14 @@ def init(
 
 @app.command()
 def search(
+    context: Context,
     run_or_recipe: Annotated[
         Path, typer.Argument(metavar="RUN|RECIPE", help="The folder of a run, to ask it a query; or a recipe, to do its search steps.")
     ],
     query: Annotated[str | None, typer.Argument(metavar="QUERY")] = None,
     depth: Annotated[int, typer.Option("--depth", "-k", min=1, help="Passages shown.")] = 10,
     bm25: Annotated[bool, typer.Option("--bm25", help="BM25 alone.")] = False,
-    hybrid: Annotated[bool, typer.Option("--hybrid", help="Dense and BM25, fused by reciprocal rank.")] = False,
+    hybrid: Annotated[bool, typer.Option("--hybrid", help="Dense and BM25, fused as the recipe says.")] = False,
     rerank: Annotated[bool, typer.Option("--rerank", help="Re-rank the top passages with the cross-encoder.")] = False,
     retriever: Annotated[
         str | None, typer.Option("--retriever", help="Which trained retriever: distilled, retriever2, retriever1, start.")
@@ -188,8 +203,10 @@ def search(
     if run_or_recipe.suffix == ".toml":
         if query is not None:
             raise SimlmError(f"{run_or_recipe}: a recipe does its search steps and takes no query; to ask one, give the folder of the run")
+        _refuse(context, "depth bm25 hybrid rerank retriever as_json", "is about a query to a finished run, and this is a recipe")
         _stage_command("search", run_or_recipe, changes, step)
         return
+    _refuse(context, "step changes", f"is about a recipe, and {run_or_recipe} is a run")
     if query is None:
         raise SimlmError(f'no query given; ask one: simlm search {run_or_recipe} "how are vectors normalised"')
     if bm25 and hybrid:
@@ -212,6 +229,7 @@ def search(
 
 @app.command()
 def serve(
+    context: Context,
     folder: RunArgument,
     host: Annotated[str, typer.Option("--host", help="Address to listen on; the default is for this machine alone.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 = any free one.")] = 8080,
@@ -229,7 +247,7 @@ def serve(
         typer.Option("--precision", help="Of the model that encodes queries: fp32, fp16, bf16, int8; fp16 on x86 processors if left out."),
     ] = None,
     max_waiting: Annotated[int, typer.Option("--max-waiting", min=1, help="Requests that may wait; more are refused with 429.")] = 64,
-    timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds from a request to 504.")] = 30.0,
+    timeout: Annotated[float, typer.Option("--timeout", min=0.1, max=86_400, help="Seconds from a request to 504.")] = 30.0,
     log_level: Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")] = "info",
     log_queries: Annotated[bool, typer.Option("--log-queries", help="Write what people search for into the log.")] = False,
 ) -> None:
@@ -249,7 +267,8 @@ def serve(
     if mcp:
         if mcp_http:
             raise SimlmError("--mcp is standard input and output alone; for tools beside HTTP give --mcp-http without it")
-        serve_tools(folder, settings)
+        _refuse(context, "host port token_file log_queries", "is about HTTP, and --mcp answers on standard input and output")
+        serve_tools(folder, settings, log_level=log_level if _is_given(context, "log_level") else "warning")
         return
     options = ServeOptions(host, port, token_file, mcp_http, log_level, log_queries, settings)
     serve_http(folder, options, announce=lambda line: typer.echo(line, err=True))
@@ -257,6 +276,7 @@ def serve(
 
 @app.command()
 def evaluate(
+    context: Context,
     run_or_recipe: Annotated[Path, typer.Argument(metavar="RECIPE|RUN.TREC", help="A recipe, or a TREC run file.")],
     qrels: Annotated[Path | None, typer.Argument(metavar="QRELS", help="Judgements (TREC or BEIR TSV), with a run file.")] = None,
     measures: Annotated[
@@ -266,8 +286,10 @@ def evaluate(
 ) -> None:
     """Measure a TREC run file against judgements; or, given a recipe, do its report."""
     if run_or_recipe.suffix == ".toml":
+        _refuse(context, "measures", "is for a run file; a recipe has its own under [evaluate]")
         _stage_command("evaluate", run_or_recipe, changes, None)
         return
+    _refuse(context, "changes", f"is about a recipe, and {run_or_recipe} is a run file")
     if qrels is None:
         raise SimlmError(f"{run_or_recipe}: judgements are needed too: simlm evaluate RUN.TREC QRELS")
     from simlm.evaluation.measures import evaluate_run
@@ -284,6 +306,7 @@ def report(folder: RunArgument) -> None:
 
 @app.command()
 def encode(
+    context: Context,
     recipe_or_corpus: Annotated[
         str,
         typer.Argument(
@@ -297,7 +320,7 @@ def encode(
     output: Annotated[str | None, typer.Option("--output", "-o", metavar="FOLDER", help="Of a corpus: where the vectors go.")] = None,
     engine: Annotated[str, typer.Option("--engine", help="Of a corpus: local, or ray (Ray Data, on many machines).")] = "local",
     retriever: Annotated[str | None, typer.Option("--retriever", help="Which retriever of the run.")] = None,
-    precision: Annotated[str, typer.Option("--precision", help="auto, fp32, bf16, int8 or fast.")] = "auto",
+    precision: Annotated[str, typer.Option("--precision", help="auto, fp32, fp16, bf16, int8 or fast.")] = "auto",
     storage: Annotated[str, typer.Option("--storage", help="fp32 or fp16: of the vectors in the files.")] = "fp32",
     shard_passages: Annotated[int, typer.Option("--shard-passages", min=1, help="About how many passages a file has.")] = 50_000,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad records out instead of stopping.")] = False,
@@ -313,10 +336,13 @@ def encode(
 ) -> None:
     """Encode the corpus with each model of a recipe (and what that needs); or any corpus with one model, on one machine or many."""
     if recipe_or_corpus.endswith(".toml"):
-        if model or output or engine != "local":
-            raise SimlmError(f"{recipe_or_corpus}: a recipe says itself what is encoded; --model, --output and --engine go with a corpus")
+        of_corpus = "model output engine retriever precision storage shard_passages skip_bad address workers cpus gpus"
+        _refuse(context, of_corpus, "goes with a corpus; a recipe says itself what is encoded, and how")
         _stage_command("encode", Path(recipe_or_corpus), changes, step, start_over)
         return
+    _refuse(context, "step changes start_over", f"is about a recipe, and {recipe_or_corpus} is a corpus")
+    if engine == "local":
+        _refuse(context, "address workers cpus gpus", "is for --engine ray")
     if model is None or output is None:
         raise SimlmError(f"{recipe_or_corpus}: to encode a corpus, say with what and where to: --model RUN --output FOLDER")
     if storage not in ("fp32", "fp16"):
@@ -419,6 +445,7 @@ def teacher_scores(
 
 @app.command("build-index")
 def build_index(
+    context: Context,
     run_or_recipe: Annotated[
         Path, typer.Argument(metavar="RUN|RECIPE", help="A run, to choose an index for a budget; or a recipe, to do its steps.")
     ],
@@ -435,8 +462,10 @@ def build_index(
     if run_or_recipe.suffix == ".toml":
         if budget is not None:
             raise SimlmError(f"{run_or_recipe}: a budget is for a finished run; do the recipe first, then give the folder of its run")
+        _refuse(context, "min_quality retriever", "goes with --budget and a finished run")
         _stage_command("build_index", run_or_recipe, changes, step, start_over)
         return
+    _refuse(context, "step changes start_over", f"is about a recipe, and {run_or_recipe} is a run")
     if budget is None:
         raise SimlmError(f"{run_or_recipe}: say how much memory the index may take: simlm build-index {run_or_recipe} --budget 1GB")
     from rich.console import Console

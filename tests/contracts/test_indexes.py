@@ -327,6 +327,23 @@ def test_only_what_is_allowed_is_found(build: Build, name: str, which: str) -> N
         assert recall_of(rows, np.where(allowed, corpus.scores, -np.inf)) >= ROWS[name].recall
 
 
+@every_index_of_vectors
+@pytest.mark.parametrize("compared", [0, 10**6])
+def test_what_is_allowed_may_be_far_from_the_query(build: Build, name: str, compared: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("simlm.index.faiss_index.COMPARED_PASSAGES", compared)
+    # Clusters, queries beside the first of them, and a filter that leaves the farthest ones alone.
+    rng = np.random.default_rng(5)
+    centres, cluster = vectors_of(12, 3), np.repeat(np.arange(12), 50)
+    passages = centres[cluster] + 0.25 * rng.standard_normal((len(cluster), DIM)).astype(np.float32)
+    passages /= np.linalg.norm(passages, axis=1, keepdims=True)
+    queries = passages[:6] + 0.05 * rng.standard_normal((6, DIM)).astype(np.float32)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    allowed = np.isin(cluster, np.argsort(centres @ centres[0])[:3])
+    _, rows = build(name, passages).search(queries, 10, allowed=allowed)
+    assert allowed[rows].all()
+    assert recall_of(rows, np.where(allowed, queries @ passages.T, -np.inf)) >= min(ROWS[name].recall, 0.9)
+
+
 @every_index
 def test_a_mask_of_another_corpus_is_refused(build: Build, name: str) -> None:
     corpus = corpus_for(name)

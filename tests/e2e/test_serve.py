@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -25,11 +26,12 @@ from simlm.serve import launch
 from tests.toy.served import HARMFUL
 
 SIMLM = [sys.executable, "-c", "from simlm.cli import main; main()"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "SIMLM_TOKEN": ""}
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "SIMLM_TOKEN"} | {"OMP_NUM_THREADS": "1"}
 PATIENCE = """
 from simlm.serve import launch
 launch.HEADER_SECONDS = launch.BODY_SECONDS = 0.5
 launch.MAX_CONNECTIONS = 8
+launch.WRITE_SECONDS = 1.0
 from simlm.cli import main
 main()
 """
@@ -141,6 +143,21 @@ def test_headers_that_do_not_come_end_the_connection(server: Served, sent: bytes
         started = time.monotonic()
         assert until_closed(connection) == b""
         assert time.monotonic() - started < 15
+
+
+def test_answers_that_are_not_taken_end_the_connection(server: Served) -> None:
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(30)
+        connection.connect(("127.0.0.1", server.port))
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            connection.sendall(b"GET /openapi.json HTTP/1.1\r\nhost: localhost\r\n\r\n" * 600)
+        # Nothing is read. Once the server has given up, what is sent is answered by a reset.
+        deadline = time.monotonic() + 20
+        with pytest.raises(ConnectionError):
+            while time.monotonic() < deadline:
+                connection.sendall(b"x")
+                time.sleep(0.2)
 
 
 def test_headers_that_come_drop_by_drop_end_the_connection(server: Served) -> None:

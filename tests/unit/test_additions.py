@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from simlm import additions
 from simlm.additions import Additions, add_passages, delete_passages, refresh
-from simlm.artifacts import ArtifactBuilder, Kind, json_digest, read_manifest
+from simlm.artifacts import ArtifactBuilder, Kind, build_artifact, json_digest, read_manifest
 from simlm.cli import app
 from simlm.errors import ArtifactError, DataError, SimlmError
 from simlm.index import open_index
@@ -211,6 +211,27 @@ def test_a_deleted_id_may_be_added_again(run: Path, file: Path) -> None:
     assert add_passages(run, again).total == 63
     (shown,) = [p for p in Searcher(run, retriever=None, mode="bm25", rerank=False).search("owl", depth=9) if "owl" in p.passage_id]
     assert shown.text == "Another owl, of glass."
+
+
+def test_scores_of_other_numbers_are_not_mixed(run: Path, file: Path) -> None:
+    add_passages(run, file)
+    (name,) = [path.name for path in run.glob("*_index")]
+    cut = IndexSettings(type="flat", options={"dim": 4})
+    inputs = {"store": run / "store", "embeddings": run / name.replace("_index", "_embeddings")}
+    with build_artifact(run / "cut", kind="index") as builder:
+        build_index.run(cut, inputs, Context(builder, 0, Progress(quiet=True)))
+    with pytest.raises(ArtifactError, match=r"compares \d+ numbers of a vector, the run's index 4.*simlm add-passages"):
+        Additions.open(run).extend_index(name, open_index(run / "cut"))
+    assert len(Additions.open(run).extend_index(name, open_index(run / name))) == 63
+
+
+@pytest.mark.parametrize("damage", [{"segments": None}, {"segments": 3}, {"deleted": 7}, {"deleted": {"file": "x"}}])
+def test_a_list_of_additions_of_another_shape_is_told(run: Path, file: Path, damage: dict[str, Any]) -> None:
+    add_passages(run, file)
+    current = run / "added" / "current.json"
+    current.write_text(json.dumps(json.loads(current.read_text(encoding="utf-8")) | damage), encoding="utf-8")
+    with pytest.raises(ArtifactError, match="not readable"):
+        Additions.open(run)
 
 
 def test_ids_that_are_there_are_refused_or_replaced(run: Path, file: Path) -> None:

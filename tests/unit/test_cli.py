@@ -82,6 +82,28 @@ def test_a_step_of_another_stage_is_refused(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("search recipe.toml -k 3", "--depth is about a query to a finished run"),
+        ("search recipe.toml --rerank", "--rerank is about a query to a finished run"),
+        ("search run what --set a.b=1", "--set is about a recipe, and run is a run"),
+        ("evaluate recipe.toml -m RR@10", "--measures is for a run file"),
+        ("evaluate run.trec qrels --set a.b=1", "--set is about a recipe, and run.trec is a run file"),
+        ("encode recipe.toml --precision int8", "--precision goes with a corpus"),
+        ("encode corpus --model m -o o --start-over store", "--start-over is about a recipe, and corpus is a corpus"),
+        ("encode corpus --model m -o o --gpus 1", "--gpus is for --engine ray"),
+        ("build-index recipe.toml --min-quality 0.9", "--min-quality goes with --budget"),
+        ("build-index run --budget 1GB --step bm25", "--step is about a recipe, and run is a run"),
+        ("serve run --mcp --port 1", "--port is about HTTP"),
+        ("serve run --mcp --token-file t", "--token-file is about HTTP"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(command: str, message: str) -> None:
+    with pytest.raises(SimlmError, match=f"{message}.*; leave it out"):
+        runner.invoke(app, command.split(), catch_exceptions=False)
+
+
 def test_search_needs_a_run_and_a_query(tmp_path: Path) -> None:
     with pytest.raises(SimlmError, match="no query given"):
         runner.invoke(app, ["search", str(tmp_path)], catch_exceptions=False)

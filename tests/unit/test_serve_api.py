@@ -230,12 +230,18 @@ BAD_BODIES: dict[str, tuple[Any, int, str]] = {
 def test_a_wrong_search_is_refused_with_a_typed_error(client: TestClient, body: Any, status: int, code: str) -> None:
     error = refused(client.post("/search", json=body), status, code)
     assert "kettle kettle" not in error["message"]
+    if code not in ("model_attributes_type", "unknown_filter") and body is not None:
+        wrong = next((name for name in body if name != "query"), "query")
+        assert str(error["param"]).partition("[")[0] == wrong
+        assert error["message"].startswith(f"{error['param']}: ")
 
 
 BAD_BYTES: dict[str, tuple[bytes, dict[str, str], int, str]] = {
     "not UTF-8": (b'{"query": "caf\xe9"}', {}, 400, "invalid_body"),
     "half of JSON": (b'{"query": "x"', {}, 422, "json_invalid"),
     "half of a character": (b'{"query": "\\ud83d"}', {}, 422, "string_unicode"),
+    "half of a character as a field": (b'{"query": "x", "filters": {"\\ud800": "y"}}', {}, 422, "unknown_filter"),
+    "half of a character as an unknown key": (b'{"query": "x", "\\ud800": 1}', {}, 422, "string_unicode"),
     "deeply nested": (b"[" * 100_000, {}, 400, "invalid_body"),
     "a number of 10,000 digits": (b'{"query": "x", "k": ' + b"9" * 10_000 + b"}", {}, 400, "invalid_body"),
     "not a number": (b'{"query": "x", "k": NaN}', {}, 422, "int_type"),
@@ -465,6 +471,31 @@ def test_with_the_token_all_answer(guarded: TestClient) -> None:
     assert guarded.get("/info", headers=headers).status_code == 200
     assert guarded.post("/search", json={"query": "kettle"}, headers=headers | {"authorization": "bearer open sesame"}).status_code == 200
     assert guarded.post("/admin/reload", headers=headers).json()["status"] == "reloaded"
+
+
+@pytest.mark.parametrize("origin", ["http://[", "null", ""])
+def test_an_origin_that_is_no_address_is_another_origin(engine: Engine, origin: str) -> None:
+    client = TestClient(create_app(engine, GuardSettings(token="open sesame")), raise_server_exceptions=False)
+    refused(client.get("/health", headers={"origin": origin}), 403, "origin_not_allowed")
+    assert client.get("/health", headers={"origin": "http://testserver"}).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/ready"])
+def test_what_watches_a_server_may_ask_for_the_headers_alone(client: TestClient, path: str) -> None:
+    assert client.head(path).status_code == 200
+
+
+def test_a_run_that_cannot_be_opened_for_any_reason_is_told(served_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine_module, "ServedRun", out_of_memory)
+    told: list[Exception | None] = []
+    with TestClient(create_app(Engine(served_run), on_opened=told.append)):
+        deadline = time.monotonic() + 30
+        while not told and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert [str(failure) for failure in told] == ["out of memory"]
 
 
 def test_a_loopback_server_answers_to_its_own_names_only(engine: Engine) -> None:
@@ -781,6 +812,24 @@ def test_a_block_list_with_a_bad_rule_stops_the_start(served_run: Path, tmp_path
 
 
 # --- passages that were added and deleted
+
+
+def test_the_report_quotes_no_deleted_passage(served_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(served_run, tmp_path / "run"))
+    quoted = TestClient(create_app(opened(run))).get("/report").json()["losses"][0]["positive"]
+    delete_passages(run, [quoted["passage_id"]])
+    client = TestClient(create_app(opened(run)))
+    report = client.get("/report")
+    assert report.json()["losses"][0]["positive"]["passage_id"] == quoted["passage_id"]
+    assert len(quoted["text"]) > 10
+    assert quoted["text"] not in report.text
+    refused(client.get("/report.html"), 404, "no_report_page")
+
+
+def opened(run: Path) -> Engine:
+    engine = Engine(run)
+    engine.open()
+    return engine
 
 
 def test_added_passages_are_found_and_deleted_ones_are_not(served_run: Path, tmp_path: Path) -> None:

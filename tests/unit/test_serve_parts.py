@@ -194,6 +194,12 @@ def test_a_block_list_names_passages_by_id_and_by_rule(store: Store, tmp_path: P
     assert unknown == ["nobody"]
 
 
+def test_a_byte_order_mark_hides_no_entry(tmp_path: Path) -> None:
+    (tmp_path / "blocked").write_text('{"regex": "."}\nfine\n', encoding="utf-8-sig")
+    found = read_block_list(tmp_path / "blocked")
+    assert (list(found.ids), len(found.patterns)) == (["fine"], 1)
+
+
 def test_an_empty_block_list_blocks_nothing(store: Store, tmp_path: Path) -> None:
     blocked, unknown = read_block_list(lines(tmp_path / "blocked")).mask(store.passages)
     assert (blocked.any(), unknown) == (False, [])
@@ -376,10 +382,13 @@ def test_the_token_comes_from_the_file_else_from_the_environment(tmp_path: Path,
 
 
 @pytest.mark.parametrize("content", ["", " \n", "two words", "umläut"])
-def test_a_file_without_a_usable_token_is_refused(tmp_path: Path, content: str) -> None:
+def test_what_holds_no_usable_token_is_refused(tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "token").write_text(content, encoding="utf-8")
-    with pytest.raises(SimlmError, match="no token in it"):
+    with pytest.raises(SimlmError, match="token: no token in it"):
         read_token(tmp_path / "token")
+    monkeypatch.setenv("SIMLM_TOKEN", content)
+    with pytest.raises(SimlmError, match="SIMLM_TOKEN: no token in it"):
+        read_token(None)
 
 
 def test_an_absent_token_file_is_refused(tmp_path: Path) -> None:

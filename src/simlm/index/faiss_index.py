@@ -6,6 +6,7 @@ are opened memory-mapped.
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -23,6 +24,8 @@ TRAINING_PASSAGES = 65_536
 """A seeded sample that clusters and codes are trained on (or 64 a cluster, if that is more)."""
 CODEBOOK = 256
 """Codes of one byte."""
+COMPARED_PASSAGES = 20_000
+"""Where a filter leaves at most so many, a graph compares them all: it takes milliseconds and misses none."""
 ONE_THREAD_PASSAGES = 100_000
 """Up to here a graph is built by one thread: the same graph every time. Above, by all of them, and graphs of two runs differ."""
 
@@ -58,13 +61,14 @@ class _FaissIndex:
     def search(self, queries_QD: Floats, depth: int, *, allowed: NDArray[np.bool_] | None = None) -> Results:
         """(scores float32 [Q, depth], passage rows int64 [Q, depth]), best first, ties by row; -inf and -1 past the end.
 
-        allowed: bool [N], the passages that may be results; none = all. The fewer there are, the farther is looked for them.
+        allowed: bool [N], the passages that may be results; none = all. As many are found as there are, up to `depth`.
         """
         queries_QD = checked_queries(queries_QD, int(self.info["dim"]), int(self.info.get("cut", 0)))
         count = len(self)
         if allowed is not None:
             allowed = checked_mask(allowed, len(self))
             count = int(np.count_nonzero(allowed))
+            allowed = None if count == len(self) else allowed
         # No more than there is: memory and time of the library grow with what is asked for.
         fetched = min(depth, count)
         if fetched == 0:
@@ -75,20 +79,61 @@ class _FaissIndex:
 
     def _search(self, queries_QD: Floats, depth: int, allowed: NDArray[np.bool_] | None) -> tuple[Floats, Ints]:
         """faiss's scores and rows, [Q, depth]. allowed: None, or bool [N] with at least `depth` of them."""
-        given: dict[str, Any] = {}
-        if allowed is not None:
-            given["sel"] = _faiss().IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
-        share = 1.0 if allowed is None else float(allowed.mean())
-        scores_QK, rows_QK = self._index.search(queries_QD, depth, params=self._parameters(depth, share, given))
+        if allowed is not None and self.info.get("num_lists"):
+            return self._search_lists(queries_QD, depth, allowed)
+        given = {} if allowed is None else {"sel": _selector(allowed)}
+        scores_QK, rows_QK = self._index.search(queries_QD, depth, params=self._parameters(depth, given))
         return scores_QK, rows_QK
 
-    def _parameters(self, depth: int, share: float, given: dict[str, Any]) -> Any:
-        """faiss's search parameters, None for its own. share: of the passages that are allowed, above 0; given: those known so far."""
+    def _parameters(self, depth: int, given: dict[str, Any], *, probes: int | None = None) -> Any:
+        """faiss's search parameters, None for its own. given: those known so far; probes: lists that are searched, none = as built."""
         raise NotImplementedError
 
-    def _probes(self, share: float) -> int:
-        """Clusters that are searched: more where only a share of the passages is allowed."""
-        return min(math.ceil(int(self.info["num_probes"]) / share), int(self.info["num_lists"]))
+    def _search_lists(self, queries_QD: Floats, depth: int, allowed: NDArray[np.bool_]) -> tuple[Floats, Ints]:
+        """Compare as many allowed vectors, in as many lists, as a search without a filter does, or all of them if they are fewer.
+
+        Only lists that hold such vectors count: what is allowed may lie far from the query, all of it in a few lists.
+        """
+        faiss = _faiss()
+        num_lists = int(self.info["num_lists"])
+        queries_QD = np.ascontiguousarray(queries_QD, dtype=np.float32)
+        nearness_QL, lists_QL = self._index.quantizer.search(queries_QD, num_lists)
+        sizes_QL = np.bincount(self._list_of_row[allowed], minlength=num_lists)[lists_QL]
+        num_probes = int(self.info["num_probes"])
+        wanted = max(depth, num_probes * len(self) // num_lists)
+        enough_QL = (np.cumsum(sizes_QL, axis=1) - sizes_QL >= wanted) & (np.cumsum(sizes_QL > 0, axis=1) > num_probes)
+        probed_QL = (sizes_QL > 0) & ~enough_QL
+        width = int(probed_QL.sum(axis=1).max())
+        # Those that are probed come first, in their order; faiss passes over lists of number -1.
+        order_QP = np.argsort(~probed_QL, axis=1, kind="stable")[:, :width]
+        lists_QP = np.where(np.take_along_axis(probed_QL, order_QP, axis=1), np.take_along_axis(lists_QL, order_QP, axis=1), NO_ROW)
+        nearness_QP = np.ascontiguousarray(np.take_along_axis(nearness_QL, order_QP, axis=1), dtype=np.float32)
+        scores_QK, rows_QK = np.empty((len(queries_QD), depth), np.float32), np.empty((len(queries_QD), depth), np.int64)
+        # The method of Python's wrapper takes no parameters.
+        self._index.search_preassigned_c(
+            len(queries_QD),
+            faiss.swig_ptr(queries_QD),
+            depth,
+            faiss.swig_ptr(lists_QP),
+            faiss.swig_ptr(nearness_QP),
+            faiss.swig_ptr(scores_QK),
+            faiss.swig_ptr(rows_QK),
+            False,
+            self._parameters(depth, {"sel": _selector(allowed)}, probes=width),
+        )
+        return scores_QK, rows_QK
+
+    @functools.cached_property
+    def _list_of_row(self) -> NDArray[np.int32]:
+        """int32 [N]: the list that each vector is in; read from the index when it is first filtered."""
+        faiss = _faiss()
+        found_N = np.empty(len(self), np.int32)
+        lists = self._index.invlists
+        for number in range(int(self.info["num_lists"])):
+            size = lists.list_size(number)
+            if size:
+                found_N[faiss.rev_swig_ptr(lists.get_ids(number), size)] = number
+        return found_N
 
 
 class HNSWIndex(_FaissIndex):
@@ -115,9 +160,26 @@ class HNSWIndex(_FaissIndex):
         faiss.write_index(index, str(folder / FILE))
         return source.facts() | {name: chosen[name] for name in ("hnsw_neighbours", "ef_construction", "ef_search")}
 
-    def _parameters(self, depth: int, share: float, given: dict[str, Any]) -> Any:
-        wanted = math.ceil(max(int(self.info["ef_search"]), depth) / share)
-        return _faiss().SearchParametersHNSW(efSearch=min(wanted, max(len(self), depth)), **given)
+    def _search(self, queries_QD: Floats, depth: int, allowed: NDArray[np.bool_] | None) -> tuple[Floats, Ints]:
+        if allowed is None:
+            return super()._search(queries_QD, depth, allowed)
+        faiss = _faiss()
+        given = {"sel": _selector(allowed)}
+        count = int(np.count_nonzero(allowed))
+        wanted = math.ceil(max(int(self.info["ef_search"]), depth) * len(self) / count)
+        # A graph walks from neighbour to neighbour of the query, and may meet few of what is allowed; then it goes on for longer.
+        while count > COMPARED_PASSAGES and wanted < len(self):
+            scores_QK, rows_QK = self._index.search(queries_QD, depth, params=faiss.SearchParametersHNSW(efSearch=wanted, **given))
+            if (rows_QK != NO_ROW).all():
+                return scores_QK, rows_QK
+            wanted *= 4
+        vectors = faiss.downcast_index(self._index.storage)
+        scores_QK, rows_QK = vectors.search(np.ascontiguousarray(queries_QD), depth, params=faiss.SearchParameters(**given))
+        return scores_QK, rows_QK
+
+    def _parameters(self, depth: int, given: dict[str, Any], *, probes: int | None = None) -> Any:
+        ef_search = max(int(self.info["ef_search"]), depth)
+        return _faiss().SearchParametersHNSW(efSearch=min(ef_search, max(len(self), depth)), **given)
 
 
 class IVFIndex(_FaissIndex):
@@ -139,8 +201,8 @@ class IVFIndex(_FaissIndex):
         faiss.write_index(index, str(folder / FILE))
         return source.facts() | clusters
 
-    def _parameters(self, depth: int, share: float, given: dict[str, Any]) -> Any:
-        return _faiss().SearchParametersIVF(nprobe=self._probes(share), **given)
+    def _parameters(self, depth: int, given: dict[str, Any], *, probes: int | None = None) -> Any:
+        return _faiss().SearchParametersIVF(nprobe=probes or int(self.info["num_probes"]), **given)
 
 
 class PQIndex(_FaissIndex):
@@ -167,8 +229,10 @@ class PQIndex(_FaissIndex):
         faiss.write_index(index, str(folder / FILE))
         return source.facts() | clusters | {"code_bytes": code_bytes}
 
-    def _parameters(self, depth: int, share: float, given: dict[str, Any]) -> Any:
-        return _faiss().SearchParametersIVF(nprobe=self._probes(share), **given) if self.info.get("num_lists") else None
+    def _parameters(self, depth: int, given: dict[str, Any], *, probes: int | None = None) -> Any:
+        if not self.info.get("num_lists"):
+            return None
+        return _faiss().SearchParametersIVF(nprobe=probes or int(self.info["num_probes"]), **given)
 
     def _search(self, queries_QD: Floats, depth: int, allowed: NDArray[np.bool_] | None) -> tuple[Floats, Ints]:
         if allowed is None or self.info.get("num_lists"):
@@ -217,12 +281,12 @@ class RaBitQIndex(_FaissIndex):
         faiss.write_index(index, str(folder / FILE))
         return source.facts() | clusters | {name: chosen[name] for name in ("bits", "query_bits")}
 
-    def _parameters(self, depth: int, share: float, given: dict[str, Any]) -> Any:
+    def _parameters(self, depth: int, given: dict[str, Any], *, probes: int | None = None) -> Any:
         faiss = _faiss()
         # Set one by one: these have no keywords.
         if self.info.get("num_lists"):
             parameters = faiss.IVFRaBitQSearchParameters()
-            parameters.nprobe = self._probes(share)
+            parameters.nprobe = probes or int(self.info["num_probes"])
         else:
             parameters = faiss.RaBitQSearchParameters()
         parameters.qb = int(self.info["query_bits"])
@@ -236,6 +300,10 @@ def _faiss() -> Any:
     import faiss
 
     return faiss
+
+
+def _selector(allowed: NDArray[np.bool_]) -> Any:
+    return _faiss().IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
 
 
 def _clusters(options: dict[str, Any], count: int) -> dict[str, int]:

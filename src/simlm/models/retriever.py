@@ -118,7 +118,7 @@ class Retriever:
 
     @property
     def precision(self) -> Precision:
-        """What "auto" or "fast" came to: fp32, bf16 or int8."""
+        """What "auto" or "fast" came to: fp32, fp16, bf16 or int8."""
         return self.inference.precision
 
     def encode_queries(self, queries: Sequence[str], *, progress: bool = False) -> Floats:

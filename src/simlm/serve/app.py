@@ -51,7 +51,7 @@ def create_app(
     engine: Engine,
     settings: GuardSettings | None = None,
     *,
-    on_opened: Callable[[SimlmError | None], None] | None = None,
+    on_opened: Callable[[Exception | None], None] | None = None,
     mcp: bool = False,
 ) -> FastAPI:
     """The application of an engine; it opens the engine on starting, unless that is open already, and closes it on stopping.
@@ -93,11 +93,11 @@ def create_app(
     return app
 
 
-def _open(engine: Engine, on_opened: Callable[[SimlmError | None], None] | None) -> None:
+def _open(engine: Engine, on_opened: Callable[[Exception | None], None] | None) -> None:
     failure = None
     try:
         engine.open()
-    except SimlmError as error:
+    except Exception as error:  # Whatever it is: a server that stays "loading" for ever helps nobody.
         failure = error
     if on_opened is not None:
         on_opened(failure)
@@ -107,10 +107,12 @@ def _open(engine: Engine, on_opened: Callable[[SimlmError | None], None] | None)
 
 
 def _add_state_routes(app: FastAPI, engine: Engine, settings: GuardSettings) -> None:
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", response_model=schemas.HealthResponse, summary="The process is alive")
     async def health() -> Response:
         return _json({"status": "ok"})
 
+    @app.head("/ready", include_in_schema=False)
     @app.get(
         "/ready",
         response_model=schemas.ReadyResponse,
@@ -185,8 +187,13 @@ def _add_model_routes(app: FastAPI, engine: Engine) -> None:
         dim = _dimensions(body.dimensions, retriever.dim, retriever.matryoshka)
         texts = [body.input] if isinstance(body.input, str) else body.input
         vectors_ND = await _while_wanted(request, engine.encode(retriever, texts, body.input_type))
-        num_tokens = retriever.num_tokens(texts, query=body.input_type == "query")
-        return _json(_embeddings(shortened(vectors_ND, dim), body, num_tokens))
+
+        def answer() -> Response:
+            num_tokens = retriever.num_tokens(texts, query=body.input_type == "query")
+            return _json(_embeddings(shortened(vectors_ND, dim), body, num_tokens))
+
+        # Thousands of vectors are megabytes of text; other requests do not wait for that.
+        return await asyncio.to_thread(answer)
 
     @app.post(
         "/rerank",
@@ -262,6 +269,7 @@ def _add_page_routes(app: FastAPI, engine: Engine) -> None:
     files = {file.name: file.read_bytes() for file in sorted(PAGE.glob("*")) if file.suffix in PAGE_TYPES} if PAGE.is_dir() else {}
     index = (PAGE / "index.html").read_bytes() if (PAGE / "index.html").is_file() else None
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", response_class=Response, responses=_text_response("text/html") | _error_responses(404), summary="The page")
     async def page() -> Response:
         if index is None:
@@ -326,7 +334,7 @@ def _on_invalid(request: Request, error: Exception) -> Response:
     of_field = [one for one in errors if one["loc"][:2] == errors[0]["loc"][:2]]
     first = next((one for one in of_field if not one["type"].endswith("_type")), errors[0])
     # The field, and which of a list; what follows are pydantic's names for the types it tried.
-    where = [part for part in first["loc"] if part not in ("body", "query", "path")]
+    where = () if first["type"] == "json_invalid" else first["loc"][1:]
     inner = next((f"[{part}]" for part in where[1:] if isinstance(part, int)), "")
     param = f"{str(where[0])[:100]}{inner}" if where else None
     message = f"{param}: {first['msg']}" if param else str(first["msg"])
@@ -364,7 +372,8 @@ def _is_loopback(request: Request) -> bool:
 
 
 def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    body = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    # A half of a surrogate pair has no UTF-8; its escape is JSON.
+    body = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
     return Response(body, status, headers, media_type="application/json")
 
 

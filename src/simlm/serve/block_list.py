@@ -80,7 +80,7 @@ class BlockList:
 def read_block_list(path: Path) -> BlockList:
     """The entries of a file; DataError with path:line for one that cannot be used."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise DataError(
             f"{path}: the block list cannot be read ({error.strerror}); a file with one passage id or rule a line was expected"

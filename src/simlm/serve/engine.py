@@ -103,6 +103,7 @@ class Engine:
             most_together=self.settings.max_batch,
             wait_seconds=_default_wait() if self.settings.batch_milliseconds is None else self.settings.batch_milliseconds / 1000,
             threads=self.settings.search_threads or _default_threads(),
+            on_start=compute_on_few_threads,
             observe=self.metrics.batch_observer("search"),
         )
         self._encodings: Lane[_Encoding, Floats] = Lane(
@@ -111,6 +112,7 @@ class Engine:
             most_waiting=waiting,
             most_together=self.settings.max_batch,
             niceness=LONG_WORK_NICENESS,
+            on_start=compute_on_few_threads,
             observe=self.metrics.batch_observer("embeddings"),
         )
         self._rerankings: Lane[Asked | _Reranking, Any] = Lane(
@@ -119,6 +121,7 @@ class Engine:
             most_waiting=waiting,
             most_together=1,
             niceness=LONG_WORK_NICENESS,
+            on_start=compute_on_few_threads,
             observe=self.metrics.batch_observer("rerank"),
         )
         for lane in (self._searches, self._encodings, self._rerankings):
@@ -218,6 +221,19 @@ class Engine:
             future.cancel()
             if gone is not None:
                 gone.set()
+
+
+def compute_on_few_threads() -> None:
+    """One thread for each product: a query is too short to share out, and the lanes keep the cores busy with several at once.
+
+    To be called in each thread that computes: OpenMP's number of threads is a thread's own.
+    """
+    import faiss
+    import torch
+
+    if not torch.accelerator.is_available():
+        torch.set_num_threads(1)
+        faiss.omp_set_num_threads(1)
 
 
 def _default_threads() -> int:

@@ -105,8 +105,12 @@ class Guard:
                 "this server answers to its loopback names only; to reach it by another name, start it with a token",
             )
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
-            raise Fault(403, "origin_not_allowed", "requests from pages of other origins are refused")
+        if origin is not None and _netloc_of(origin) != host.lower():
+            raise Fault(
+                403,
+                "origin_not_allowed",
+                "requests from pages of other origins are refused; a proxy must pass the Host header on as the browser sent it",
+            )
 
     def _check_token(self, scope: Scope, headers: dict[str, str]) -> None:
         token, path = self._settings.token, scope["path"]
@@ -189,7 +193,7 @@ class _Answer:
         """Send a fault, unless an answer has begun or the client has gone."""
         if self.status != CLIENT_GONE or fault.status == CLIENT_GONE:
             return
-        body = json.dumps(fault.body(), ensure_ascii=False).encode()
+        body = json.dumps(fault.body(), ensure_ascii=False).encode("utf-8", "backslashreplace")
         headers = {"content-type": "application/json", "content-length": str(len(body))} | fault.headers()
         if fault.status in (408, 413):
             # What is left of the body is not read as the next request.
@@ -233,6 +237,14 @@ def _name_of(host: str) -> str:
         return (urlsplit(f"//{host}").hostname or "").lower()
     except ValueError:
         return ""
+
+
+def _netloc_of(origin: str) -> str | None:
+    """Name and port of an Origin header; None if it is no address."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
 
 
 def _route_of(scope: Scope) -> str:

@@ -48,6 +48,7 @@ class Job(Generic[Task, Result]):
 class Lane(Generic[Task, Result]):
     """work: tasks -> their results, in order; called in a thread of the lane with 1 to `most_together` tasks.
 
+    on_start: called first in each thread.
     niceness: added to the thread's, so that a lane of long work leaves the processor to others (Linux only).
     observe: told of each batch (number of tasks, seconds of work).
     """
@@ -62,6 +63,7 @@ class Lane(Generic[Task, Result]):
         wait_seconds: float = 0.0,
         threads: int = 1,
         niceness: int = 0,
+        on_start: Callable[[], None] = lambda: None,
         observe: Callable[[int, float], None] = lambda _number, _seconds: None,
     ) -> None:
         self.name = name
@@ -70,6 +72,7 @@ class Lane(Generic[Task, Result]):
         self._most_together = most_together
         self._wait_seconds = wait_seconds
         self._niceness = niceness
+        self._on_start = on_start
         self._observe = observe
         self._waiting: deque[Job[Task, Result]] = deque()
         self._changed = threading.Condition()
@@ -105,6 +108,7 @@ class Lane(Generic[Task, Result]):
 
     def _run(self) -> None:
         self._be_nice()
+        self._on_start()
         while self._do_next():
             pass
 

@@ -22,7 +22,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from simlm.errors import SimlmError
 from simlm.serve.app import create_app
-from simlm.serve.engine import Engine, EngineSettings
+from simlm.serve.engine import Engine, EngineSettings, compute_on_few_threads
 from simlm.serve.faults import Fault
 from simlm.serve.guard import GuardSettings
 from simlm.serve.logs import log_json_lines
@@ -68,13 +68,13 @@ def serve_http(folder: Path, options: ServeOptions, *, announce: Callable[[str],
             f"WARNING: {options.host} can be reached from other machines and there is no token: anyone there can read the whole corpus. "
             f"Set one with --token-file or {TOKEN_ENV}, or leave out --host."
         )
-    _compute_on_few_threads()
+    compute_on_few_threads()
     engine = Engine(folder, options.engine)
     hosts = LOOPBACK_NAMES | {options.host} if token is None and is_loopback(options.host) else None
-    failures: list[SimlmError] = []
+    failures: list[Exception] = []
     guard = GuardSettings(token=token, hosts=hosts, body_seconds=BODY_SECONDS, log_queries=options.log_queries)
 
-    def opened(failure: SimlmError | None) -> None:
+    def opened(failure: Exception | None) -> None:
         if failure is None:
             announce(f"serving {folder} (stop with Ctrl+C)")
         else:
@@ -107,7 +107,7 @@ def serve_tools(folder: Path, settings: EngineSettings, *, log_level: str = "war
     from simlm.serve.tools import tool_server
 
     log_json_lines(log_level)
-    _compute_on_few_threads()
+    compute_on_few_threads()
     engine = Engine(folder, settings)
     tools = tool_server(engine)
     engine.open()
@@ -118,15 +118,20 @@ def serve_tools(folder: Path, settings: EngineSettings, *, log_level: str = "war
 
 
 def read_token(file: Path | None) -> str | None:
-    """The bearer token of a file, else of the environment; None = none. SimlmError if there is a file without a usable token."""
+    """The bearer token of a file, else of the environment; None = neither is there. SimlmError if what is there is no usable token."""
     if file is None:
-        return os.environ.get(TOKEN_ENV, "").strip() or None
+        given = os.environ.get(TOKEN_ENV)
+        return None if given is None else _checked_token(given, f"the environment variable {TOKEN_ENV}")
     try:
-        token = file.read_text(encoding="utf-8").strip()
+        return _checked_token(file.read_text(encoding="utf-8-sig"), str(file))
     except (OSError, UnicodeDecodeError) as error:
         raise SimlmError(f"{file}: the token cannot be read ({error}); a text file with one line was expected") from None
+
+
+def _checked_token(text: str, where: str) -> str:
+    token = text.strip()
     if not token or any(not "!" <= character <= "~" for character in token):
-        raise SimlmError(f"{file}: no token in it that a header can hold; one line of letters, digits and signs was expected")
+        raise SimlmError(f"{where}: no token in it that a header can hold; one line of letters, digits and signs was expected")
     return token
 
 
@@ -153,16 +158,6 @@ def bound_socket(host: str, port: int) -> socket.socket:
         listening.close()
         raise SimlmError(f"{host}:{port}: cannot listen there ({error.strerror or error}); choose another --port or --host") from None
     return listening
-
-
-def _compute_on_few_threads() -> None:
-    """One thread for each product: a query is too short to share out, and the lanes keep the cores busy with several at once."""
-    import faiss
-    import torch
-
-    if not torch.accelerator.is_available():
-        torch.set_num_threads(1)
-        faiss.omp_set_num_threads(1)
 
 
 class _Server(uvicorn.Server):
@@ -208,6 +203,8 @@ class _Server(uvicorn.Server):
             log.info("reloaded", extra={"fields": {"seconds": round(seconds, 3)}})
         except (SimlmError, Fault) as error:
             log.error("reload failed, the run as it was goes on: %s", error)
+        except Exception:
+            log.exception("reload failed, the run as it was goes on")
 
 
 class PatientProtocol(H11Protocol):
@@ -217,6 +214,7 @@ class PatientProtocol(H11Protocol):
     """
 
     _header_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -233,8 +231,18 @@ class PatientProtocol(H11Protocol):
         elif before is None or before.response_complete:
             self._wait_for_headers()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._write_timer is None:
+            self._write_timer = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._stop_write_timer()
+        super().resume_writing()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        self._stop_write_timer()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
@@ -268,6 +276,11 @@ class PatientProtocol(H11Protocol):
         if self._header_timer is not None:
             self._header_timer.cancel()
             self._header_timer = None
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
     def _out_of_patience(self) -> None:
         self._header_timer = None

@@ -12,22 +12,22 @@ from simlm.artifacts import open_artifact
 from simlm.evaluation.report.data import FILE, report_data
 from simlm.evaluation.report.steps import read_steps
 
-HIDDEN = {"title": "", "text": "[not shown: on the block list]"}
+HIDDEN = {"title": "", "text": "[not shown: deleted, or on the block list]"}
 
 
 @dataclass(frozen=True)
 class Report:
-    """data: what `GET /report` answers. html: bytes of the page; None where the run has none, or it may quote what is blocked."""
+    """data: what `GET /report` answers. html: bytes of the page; None where the run has none, or it may quote what is hidden."""
 
     data: dict[str, Any]
     html: bytes | None
 
 
-def read_report(run: Path, is_blocked: Callable[[str], bool] | None) -> Report | None:
+def read_report(run: Path, is_hidden: Callable[[str], bool] | None) -> Report | None:
     """The report of a run, None if it has none.
 
-    is_blocked: whether a passage id is on the block list; such passages are left out of the examples. The HTML page is a finished file
-    that quotes passages, so there is none while there is a block list. None = nothing is blocked.
+    is_hidden: whether a passage is deleted or on the block list; such passages are left out of the examples. The HTML page is a finished
+    file that quotes passages, so there is none then. None = nothing is hidden.
     """
     folder = run / "report"
     if not folder.is_dir():
@@ -41,19 +41,19 @@ def read_report(run: Path, is_blocked: Callable[[str], bool] | None) -> Report |
         steps = read_steps({name: run / name for name in names if (run / name).is_dir()})
         steps.sort(key=lambda step: step.manifest.created)
         data = report_data(json.loads((folder / "metrics.json").read_text(encoding="utf-8")), steps, None)
-    if is_blocked is not None:
-        data["wins"], data["losses"] = (_redacted(data[side], is_blocked) for side in ("wins", "losses"))
+    if is_hidden is not None:
+        data["wins"], data["losses"] = (_redacted(data[side], is_hidden) for side in ("wins", "losses"))
         return Report({"html": False, **data}, None)
     html = (folder / "report.html").read_bytes() if "report.html" in manifest.files else None
     return Report({"html": html is not None, **data}, html)
 
 
-def _redacted(examples: list[dict[str, Any]] | None, is_blocked: Callable[[str], bool]) -> list[dict[str, Any]] | None:
+def _redacted(examples: list[dict[str, Any]] | None, is_hidden: Callable[[str], bool]) -> list[dict[str, Any]] | None:
     if examples is None:
         return None
 
     def shown(passage: dict[str, Any] | None) -> dict[str, Any] | None:
-        return passage | HIDDEN if passage is not None and is_blocked(passage["passage_id"]) else passage
+        return passage | HIDDEN if passage is not None and is_hidden(passage["passage_id"]) else passage
 
     return [
         example | {"positive": shown(example["positive"]), "tops": {side: shown(top) for side, top in example["tops"].items()}}

@@ -62,7 +62,7 @@ class ServedRun:
             blocked, self.unknown_ids = read_block_list(block_list).mask(self.table)
             self.blocked = blocked if blocked.any() else None
         self.filters = MetadataFilters(self.table, self.blocked)
-        self.report = read_report(folder, None if self.blocked is None else self._is_blocked)
+        self.report = read_report(folder, None if self.blocked is None and not len(self.searcher.additions.deleted) else self._is_hidden)
         language = NO_LANGUAGE if self.searcher.bm25 is None else self.searcher.bm25.info["language"]
         self.word_terms = WordTerms(Analyzer(language))
         self.modes: tuple[ListName, ...] = self.searcher.lists
@@ -114,9 +114,10 @@ class ServedRun:
         table = self.table
         return {"passage_id": table.ids[row], "title": table.title(row), "text": table.text(row), "metadata": table.metadata(row)}
 
-    def _is_blocked(self, passage_id: str) -> bool:
+    def _is_hidden(self, passage_id: str) -> bool:
+        """Whether a passage is on the block list, or was deleted."""
         row = self.table.ids.find(passage_id)
-        return row is not None and self.blocked is not None and bool(self.blocked[row])
+        return row is None or (self.blocked is not None and bool(self.blocked[row]))
 
     # --- search
 
