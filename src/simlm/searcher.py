@@ -261,7 +261,7 @@ class Searcher:
             manifest = read_manifest(self.folder / "hybrid_run", "run")
             weight, constant = float(manifest.facts.get("dense_weight", 0.5)), float(manifest.settings.get("constant", 60.0))
             return weight, constant, manifest.settings.get("method", "rank")
-        return 0.5, 60.0, "rank"
+        return 0.5, 60.0, "score"
 
 
 def opened_index(folder: Path, retriever: str) -> Path:
