@@ -301,7 +301,7 @@ def test_fuse_tunes_on_dev_and_writes_every_split(tmp_path: Path, folder: Path, 
     facts = run_stage(fuse, tmp_path / "run", "run", FuseSettings(depth=15), inputs)
     for split in ALL:
         runs = (Run.load(folder / name, split) for name in ("dense_run", "bm25_run"))
-        expected = fuse_runs(*runs, dense_weight=facts["dense_weight"], constant=60, depth=15)
+        expected = fuse_runs(*runs, dense_weight=facts["dense_weight"], constant=60, depth=15, method="score")
         fused = Run.load(tmp_path / "run", split)
         np.testing.assert_array_equal(fused.passage_rows, expected.passage_rows)
         np.testing.assert_array_equal(fused.scores, expected.scores)
