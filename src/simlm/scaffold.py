@@ -280,8 +280,7 @@ learning_rate = 3e-5
 num_train_epochs = @distilled_epochs@
 
 [hybrid]                        # what to search with: BM25 and the distilled retriever
-method = "score"
-dense_weight = 0.6
+dense_weight = 0.5
 
 [rerank]
 depth = @rerank_depth@

@@ -265,5 +265,5 @@ def test_init_with_training_labels_uses_them(tmp_path: Path) -> None:
 def test_the_projects_recipe_reads_as_it_says() -> None:
     recipe = load_recipe(Path(__file__).parents[2] / "recipes" / "no_labels.toml")
     assert recipe.pseudo_queries is not None and recipe.hybrid_teacher is not None
-    assert (recipe.hybrid.method, recipe.hybrid.dense_weight) == ("score", recipe.hybrid_teacher.dense_weight)
+    assert (recipe.hybrid.method, recipe.hybrid.dense_weight) == ("score", 0.5)
     assert recipe.distilled.initial == "start"
