@@ -123,17 +123,18 @@ class Additions:
             if _numbers_compared(part) != _numbers_compared(index):
                 raise ArtifactError(
                     f"{part.folder}: compares {_numbers_compared(part)} numbers of a vector, the run's index {_numbers_compared(index)}, "
-                    f"so their scores say different things; {self._again()}"
+                    f"so their scores say different things; {self._again(name)}"
                 )
         return SegmentedIndex(parts, index.takes, self.alive(sum(map(len, parts))))
 
-    def _again(self) -> str:
-        return f"bring what was added up to the run's models: simlm add-passages {self.run}"
+    def _again(self, name: str) -> str:
+        of = "" if name == "bm25" else f" --retriever {name.removesuffix('_index')}"
+        return f"bring what was added up to the run's models: simlm add-passages {self.run}{of}"
 
     def _check_segment(self, segment: Path, name: str) -> None:
-        again = self._again()
+        again = self._again(name)
         if not (segment / name).is_dir():
-            raise ArtifactError(f"{segment}: has no {name!r}, the passages were added for another retriever; {again} --retriever NAME")
+            raise ArtifactError(f"{segment}: has no {name!r}, the passages were added for another retriever; {again}")
         if name == "bm25":
             return
         encoded = f"{name.removesuffix('_index')}_embeddings"

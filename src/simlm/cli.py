@@ -286,7 +286,7 @@ def evaluate(
 ) -> None:
     """Measure a TREC run file against judgements; or, given a recipe, do its report."""
     if run_or_recipe.suffix == ".toml":
-        _refuse(context, "measures", "is for a run file; a recipe has its own under [evaluate]")
+        _refuse(context, "qrels measures", "goes with a run file; a recipe has its own data and [evaluate]")
         _stage_command("evaluate", run_or_recipe, changes, None)
         return
     _refuse(context, "changes", f"is about a recipe, and {run_or_recipe} is a run file")
@@ -470,6 +470,7 @@ def build_index(
         raise SimlmError(f"{run_or_recipe}: say how much memory the index may take: simlm build-index {run_or_recipe} --budget 1GB")
     from rich.console import Console
 
+    from simlm import additions
     from simlm.evaluation.report.index_choice import conclusion, terminal_table
     from simlm.index_choice import choose_index, parse_bytes
     from simlm.progress import Progress
@@ -480,6 +481,8 @@ def build_index(
     console.print(f"table and plot: {choice.report}/choice.md", markup=False, soft_wrap=True)
     if choice.folder is None:
         raise SimlmError(conclusion(choice.content))
+    if additions.Additions.open(run_or_recipe):
+        additions.refresh(run_or_recipe, retriever=retriever, progress=Progress())
     console.print(conclusion(choice.content), markup=False, soft_wrap=True)
     console.print(f"searches of this run use it now; delete {choice.folder} to go back", markup=False, soft_wrap=True)
 
@@ -517,7 +520,7 @@ def delete_passages(
     wanted = list(ids or [])
     if file is not None:
         try:
-            wanted += [line for line in file.read_text(encoding="utf-8").splitlines() if line]
+            wanted += [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line]
         except (OSError, UnicodeDecodeError) as error:
             raise SimlmError(f"{file}: not readable as a list of ids ({error}); give a UTF-8 file with an id in each line") from None
     if not wanted:

@@ -124,7 +124,9 @@ def test_what_was_added_is_found_among_the_rest(run: Path, file: Path, mode: Any
     after = found(run, query, mode)
     assert after[0] == "new/clock" or mode == "dense"  # vectors of a model that was never trained
     assert "new/clock" in after
-    assert [name for name in after if not name.startswith("new/")] == before
+    others = [name for name in after if not name.startswith("new/")]
+    # Sums of standardised scores depend on all scores of a list, so that neighbours may change places.
+    assert sorted(others) == sorted(before) if mode == "hybrid" else others == before
     shown = {p.passage_id: p for p in Searcher(run, retriever=None, mode=mode, rerank=False).search(query, depth=100)}
     assert (shown["new/clock"].title, shown["new/clock"].text) == (NEW[0]["title"], NEW[0]["text"])
 

@@ -24,8 +24,8 @@ TRAINING_PASSAGES = 65_536
 """A seeded sample that clusters and codes are trained on (or 64 a cluster, if that is more)."""
 CODEBOOK = 256
 """Codes of one byte."""
-COMPARED_PASSAGES = 20_000
-"""Where a filter leaves at most so many, a graph compares them all: it takes milliseconds and misses none."""
+FILTERED_TOGETHER = 128
+"""Queries of a filtered search of lists that are looked at together: each has a few numbers for every list."""
 ONE_THREAD_PASSAGES = 100_000
 """Up to here a graph is built by one thread: the same graph every time. Above, by all of them, and graphs of two runs differ."""
 
@@ -80,7 +80,11 @@ class _FaissIndex:
     def _search(self, queries_QD: Floats, depth: int, allowed: NDArray[np.bool_] | None) -> tuple[Floats, Ints]:
         """faiss's scores and rows, [Q, depth]. allowed: None, or bool [N] with at least `depth` of them."""
         if allowed is not None and self.info.get("num_lists"):
-            return self._search_lists(queries_QD, depth, allowed)
+            parts = [
+                self._search_lists(queries_QD[start : start + FILTERED_TOGETHER], depth, allowed)
+                for start in range(0, len(queries_QD), FILTERED_TOGETHER)
+            ]
+            return np.concatenate([scores for scores, _ in parts]), np.concatenate([rows for _, rows in parts])
         given = {} if allowed is None else {"sel": _selector(allowed)}
         scores_QK, rows_QK = self._index.search(queries_QD, depth, params=self._parameters(depth, given))
         return scores_QK, rows_QK
@@ -98,7 +102,7 @@ class _FaissIndex:
         num_lists = int(self.info["num_lists"])
         queries_QD = np.ascontiguousarray(queries_QD, dtype=np.float32)
         nearness_QL, lists_QL = self._index.quantizer.search(queries_QD, num_lists)
-        sizes_QL = np.bincount(self._list_of_row[allowed], minlength=num_lists)[lists_QL]
+        sizes_QL = self._sizes_of_lists(allowed)[lists_QL]
         num_probes = int(self.info["num_probes"])
         wanted = max(depth, num_probes * len(self) // num_lists)
         enough_QL = (np.cumsum(sizes_QL, axis=1) - sizes_QL >= wanted) & (np.cumsum(sizes_QL > 0, axis=1) > num_probes)
@@ -122,6 +126,17 @@ class _FaissIndex:
             self._parameters(depth, {"sel": _selector(allowed)}, probes=width),
         )
         return scores_QK, rows_QK
+
+    def _sizes_of_lists(self, allowed: NDArray[np.bool_]) -> Ints:
+        """int64 [num_lists]: allowed vectors of each; of the two sides the smaller one is counted."""
+        num_lists = int(self.info["num_lists"])
+        if 2 * np.count_nonzero(allowed) <= len(allowed):
+            return np.bincount(self._list_of_row[allowed], minlength=num_lists)
+        return self._whole_sizes - np.bincount(self._list_of_row[~allowed], minlength=num_lists)
+
+    @functools.cached_property
+    def _whole_sizes(self) -> Ints:
+        return np.bincount(self._list_of_row, minlength=int(self.info["num_lists"]))
 
     @functools.cached_property
     def _list_of_row(self) -> NDArray[np.int32]:
@@ -164,17 +179,19 @@ class HNSWIndex(_FaissIndex):
         if allowed is None:
             return super()._search(queries_QD, depth, allowed)
         faiss = _faiss()
-        given = {"sel": _selector(allowed)}
         count = int(np.count_nonzero(allowed))
         wanted = math.ceil(max(int(self.info["ef_search"]), depth) * len(self) / count)
-        # A graph walks from neighbour to neighbour of the query, and may meet few of what is allowed; then it goes on for longer.
-        while count > COMPARED_PASSAGES and wanted < len(self):
-            scores_QK, rows_QK = self._index.search(queries_QD, depth, params=faiss.SearchParametersHNSW(efSearch=wanted, **given))
-            if (rows_QK != NO_ROW).all():
-                return scores_QK, rows_QK
+        # The nearest of all, of which those are kept that are allowed: faiss's own filter fills its list with whatever allowed vectors the
+        # walk meets first, near or not. Where that is no less work than to compare all that are allowed, these are compared.
+        while wanted * 2 * int(self.info["hnsw_neighbours"]) < count and wanted <= len(self) // 8:
+            scores_QK, rows_QK = self._index.search(queries_QD, wanted, params=faiss.SearchParametersHNSW(efSearch=wanted))
+            kept_QK = (rows_QK != NO_ROW) & allowed[rows_QK]
+            if (kept_QK.sum(axis=1) >= depth).all():
+                scores_QK, rows_QK = ordered(np.where(kept_QK, scores_QK, -np.inf), np.where(kept_QK, rows_QK, NO_ROW))
+                return scores_QK[:, :depth], rows_QK[:, :depth]
             wanted *= 4
         vectors = faiss.downcast_index(self._index.storage)
-        scores_QK, rows_QK = vectors.search(np.ascontiguousarray(queries_QD), depth, params=faiss.SearchParameters(**given))
+        scores_QK, rows_QK = vectors.search(np.ascontiguousarray(queries_QD), depth, params=faiss.SearchParameters(sel=_selector(allowed)))
         return scores_QK, rows_QK
 
     def _parameters(self, depth: int, given: dict[str, Any], *, probes: int | None = None) -> Any:

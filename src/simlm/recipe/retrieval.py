@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from simlm.recipe.model import ModelSettings
 from simlm.recipe.section import Fraction, PositiveInt, Section
@@ -65,6 +65,12 @@ class FuseSettings(Section):
     """Of "rank"; Cormack, Clarke and Buettcher 2009."""
     dense_weight: Fraction | Literal["dev"] = "dev"
     """Share of the dense run, the rest is BM25's; "dev" = the best on the dev queries (0.5 where there are none)."""
+
+    @model_validator(mode="after")
+    def _constant_of_ranks(self) -> FuseSettings:
+        if "constant" in self.model_fields_set and self.method != "rank" and self.constant != 60.0:
+            raise ValueError('constant is for method = "rank", and the method is "score"; set method = "rank", or leave constant out')
+        return self
 
 
 class EvaluateSettings(Section):

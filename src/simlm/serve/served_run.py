@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from simlm.data.store import Store
 from simlm.errors import DataError
 from simlm.index.lexical import NO_LANGUAGE, Analyzer
 from simlm.searcher import LIST_NAMES, ListName, Question, Ranking, Rankings, example_query, open_everything
@@ -62,6 +63,7 @@ class ServedRun:
             blocked, self.unknown_ids = read_block_list(block_list).mask(self.table)
             self.blocked = blocked if blocked.any() else None
         self.filters = MetadataFilters(self.table, self.blocked)
+        self._corpus_size = len(Store.open(folder / "store").passages)
         self.report = read_report(folder, None if self.blocked is None and not len(self.searcher.additions.deleted) else self._is_hidden)
         language = NO_LANGUAGE if self.searcher.bm25 is None else self.searcher.bm25.info["language"]
         self.word_terms = WordTerms(Analyzer(language))
@@ -115,9 +117,9 @@ class ServedRun:
         return {"passage_id": table.ids[row], "title": table.title(row), "text": table.text(row), "metadata": table.metadata(row)}
 
     def _is_hidden(self, passage_id: str) -> bool:
-        """Whether a passage is on the block list, or was deleted."""
+        """Whether a passage of the report is on the block list, was deleted, or has another text since."""
         row = self.table.ids.find(passage_id)
-        return row is None or (self.blocked is not None and bool(self.blocked[row]))
+        return row is None or row >= self._corpus_size or (self.blocked is not None and bool(self.blocked[row]))
 
     # --- search
 
