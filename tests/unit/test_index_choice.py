@@ -15,6 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from simlm import index_choice
+from simlm.additions import add_passages
 from simlm.artifacts import open_artifact
 from simlm.cli import app
 from simlm.errors import ArtifactError, DataError, SimlmError
@@ -118,6 +119,14 @@ def test_the_smallest_that_is_good_is_chosen_and_opened(run: Path, few: None) ->
     shutil.rmtree(choice.folder)
     assert Searcher(run, retriever=None, mode="dense", rerank=False).dense is not None
     assert not list(run.glob(".*candidates"))
+
+
+def test_what_was_added_is_brought_up_to_the_chosen_index(run: Path, few: None, tmp_path: Path) -> None:
+    (tmp_path / "new.jsonl").write_text('{"_id": "new", "text": "A wooden owl."}\n', encoding="utf-8")
+    add_passages(run, tmp_path / "new.jsonl")
+    choice = choose_index(run, budget=10**6, min_quality=0.01)
+    assert choice.content["chosen"] == "flat int8 1 numbers"
+    assert len(Searcher(run, retriever=None, mode="dense", rerank=False).search("owl", depth=99)) == 61
 
 
 def test_what_was_measured_is_kept(run: Path, few: None) -> None:

@@ -826,6 +826,14 @@ def test_the_report_quotes_no_deleted_passage(served_run: Path, tmp_path: Path) 
     refused(client.get("/report.html"), 404, "no_report_page")
 
 
+def test_the_report_does_not_quote_the_text_that_was_replaced(served_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(served_run, tmp_path / "run"))
+    quoted = TestClient(create_app(opened(run))).get("/report").json()["losses"][0]["positive"]
+    (tmp_path / "new.jsonl").write_text(json.dumps({"_id": quoted["passage_id"], "text": "Another text."}), encoding="utf-8")
+    add_passages(run, tmp_path / "new.jsonl", replace=True)
+    assert quoted["text"] not in TestClient(create_app(opened(run))).get("/report").text
+
+
 def opened(run: Path) -> Engine:
     engine = Engine(run)
     engine.open()

@@ -294,6 +294,21 @@ def test_several_threads_work_at_the_same_time() -> None:
     lane.close()
 
 
+def test_every_thread_of_a_lane_is_set_up_before_it_works() -> None:
+    set_up: list[str] = []
+    lane: Lane[int, bool] = Lane(
+        "test",
+        lambda tasks: [threading.current_thread().name in set_up] * len(tasks),
+        most_waiting=9,
+        most_together=1,
+        threads=3,
+        on_start=lambda: set_up.append(threading.current_thread().name),
+    )
+    assert all(future.result(30) for future in [lane.submit(number) for number in range(9)])
+    lane.close()
+    assert len(set_up) == 3
+
+
 def test_closing_finishes_what_was_accepted_and_takes_nothing_more() -> None:
     def work(tasks: list[int]) -> list[int]:
         time.sleep(0.02)

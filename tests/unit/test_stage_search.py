@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from simlm.artifacts import ArtifactBuilder, Kind, build_artifact, open_artifact
 from simlm.errors import ArtifactError, DataError, RecipeError
@@ -315,6 +315,14 @@ def test_fuse_tunes_on_dev_and_writes_every_split(tmp_path: Path, folder: Path, 
     for name in ("milliseconds_per_query", "bytes_per_passage"):
         assert facts[name] == pytest.approx(sum(facts_of(folder / run)[name] for run in ("dense_run", "bm25_run")), abs=1e-3)
     json.dumps(facts, allow_nan=False)
+
+
+def test_a_constant_of_ranks_is_refused_where_scores_are_summed() -> None:
+    with pytest.raises(ValidationError, match='constant is for method = "rank"'):
+        FuseSettings(constant=10)
+    assert FuseSettings(method="rank", constant=10).constant == 10
+    settings = FuseSettings()
+    assert FuseSettings.model_validate(settings.model_dump()) == settings
 
 
 def one_split(path: Path, source: Path, split: Split) -> Path:

@@ -196,7 +196,7 @@ class HNSWIndex(_FaissIndex):
 
     def _parameters(self, depth: int, given: dict[str, Any], *, probes: int | None = None) -> Any:
         ef_search = max(int(self.info["ef_search"]), depth)
-        return _faiss().SearchParametersHNSW(efSearch=min(ef_search, max(len(self), depth)), **given)
+        return _faiss().SearchParametersHNSW(efSearch=min(ef_search, len(self)))
 
 
 class IVFIndex(_FaissIndex):
