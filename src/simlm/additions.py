@@ -97,6 +97,10 @@ class Additions:
         alive[self.deleted] = False
         return alive
 
+    def num_added(self) -> int:
+        """Passages in the segments, deleted ones too."""
+        return sum(int(read_manifest(segment / "store", "store").facts["passages"]["rows"]) for segment in self.segments)
+
     def extend_store(self, store: Store) -> None:
         """Let the passages of an opened store be those of the corpus and of the segments together."""
         from simlm.data.joined import JoinedTable

@@ -29,7 +29,6 @@ StartOverOption = Annotated[
     list[str] | None,
     typer.Option("--start-over", metavar="STEP", help="Delete the interrupted work of this step first; may be repeated."),
 ]
-Context = typer.Context
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run (runs/NAME).")]
 
 
@@ -183,7 +182,7 @@ def init(
 
 @app.command()
 def search(
-    context: Context,
+    context: typer.Context,
     run_or_recipe: Annotated[
         Path, typer.Argument(metavar="RUN|RECIPE", help="The folder of a run, to ask it a query; or a recipe, to do its search steps.")
     ],
@@ -229,7 +228,7 @@ def search(
 
 @app.command()
 def serve(
-    context: Context,
+    context: typer.Context,
     folder: RunArgument,
     host: Annotated[str, typer.Option("--host", help="Address to listen on; the default is for this machine alone.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 = any free one.")] = 8080,
@@ -276,7 +275,7 @@ def serve(
 
 @app.command()
 def evaluate(
-    context: Context,
+    context: typer.Context,
     run_or_recipe: Annotated[Path, typer.Argument(metavar="RECIPE|RUN.TREC", help="A recipe, or a TREC run file.")],
     qrels: Annotated[Path | None, typer.Argument(metavar="QRELS", help="Judgements (TREC or BEIR TSV), with a run file.")] = None,
     measures: Annotated[
@@ -306,7 +305,7 @@ def report(folder: RunArgument) -> None:
 
 @app.command()
 def encode(
-    context: Context,
+    context: typer.Context,
     recipe_or_corpus: Annotated[
         str,
         typer.Argument(
@@ -445,7 +444,7 @@ def teacher_scores(
 
 @app.command("build-index")
 def build_index(
-    context: Context,
+    context: typer.Context,
     run_or_recipe: Annotated[
         Path, typer.Argument(metavar="RUN|RECIPE", help="A run, to choose an index for a budget; or a recipe, to do its steps.")
     ],
@@ -470,7 +469,6 @@ def build_index(
         raise SimlmError(f"{run_or_recipe}: say how much memory the index may take: simlm build-index {run_or_recipe} --budget 1GB")
     from rich.console import Console
 
-    from simlm import additions
     from simlm.evaluation.report.index_choice import conclusion, terminal_table
     from simlm.index_choice import choose_index, parse_bytes
     from simlm.progress import Progress
@@ -481,8 +479,6 @@ def build_index(
     console.print(f"table and plot: {choice.report}/choice.md", markup=False, soft_wrap=True)
     if choice.folder is None:
         raise SimlmError(conclusion(choice.content))
-    if additions.Additions.open(run_or_recipe):
-        additions.refresh(run_or_recipe, retriever=retriever, progress=Progress())
     console.print(conclusion(choice.content), markup=False, soft_wrap=True)
     console.print(f"searches of this run use it now; delete {choice.folder} to go back", markup=False, soft_wrap=True)
 

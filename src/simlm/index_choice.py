@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from simlm.additions import Additions, refresh
 from simlm.artifacts import ArtifactBuilder, json_digest, open_artifact, peak_memory_bytes, read_manifest
 from simlm.errors import ArtifactError, DataError, SimlmError
 from simlm.evaluation.measures import measure_run
@@ -131,6 +132,9 @@ def choose_index(
     folder = None
     if chosen is not None:
         folder = _build(run, name, chosen.candidate, seed, progress)
+        # What was added is compared by as many numbers from now on.
+        if Additions.open(run):
+            refresh(run, retriever=name, progress=progress)
     return Choice(folder, place, content)
 
 

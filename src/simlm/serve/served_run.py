@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simlm.data.store import Store
 from simlm.errors import DataError
 from simlm.index.lexical import NO_LANGUAGE, Analyzer
 from simlm.searcher import LIST_NAMES, ListName, Question, Ranking, Rankings, example_query, open_everything
@@ -63,7 +62,7 @@ class ServedRun:
             blocked, self.unknown_ids = read_block_list(block_list).mask(self.table)
             self.blocked = blocked if blocked.any() else None
         self.filters = MetadataFilters(self.table, self.blocked)
-        self._corpus_size = len(Store.open(folder / "store").passages)
+        self._corpus_size = len(self.table) - self.searcher.additions.num_added()
         self.report = read_report(folder, None if self.blocked is None and not len(self.searcher.additions.deleted) else self._is_hidden)
         language = NO_LANGUAGE if self.searcher.bm25 is None else self.searcher.bm25.info["language"]
         self.word_terms = WordTerms(Analyzer(language))
